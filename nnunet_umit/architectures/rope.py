@@ -1,0 +1,61 @@
+"""Rotary positions for 3D token grids (RoPE, arXiv 2104.09864; additive depth, PUMIT arXiv 2312.07630; EVA-02 in plane).
+
+No learned table, so no parameter depends on the patch size. With h the width of a head there are h/2 rotated channel
+pairs; the first half of the pairs turns with the row, the second half with the column, and depth is added to both:
+
+    angle(pair k)       = z * w_depth[k] + y * w_plane[k]
+    angle(pair h/4 + k) = z * w_depth[k] + x * w_plane[k]        k = 0 .. h/4 - 1
+    w_plane[k] = 10000 ** (-2k / (h/2))      w_depth[k] = 2333 ** (-(2k + 1) / (h/2))
+
+Angles are linear in the position, so attention depends on position differences only. Depth 0 is EVA-02's 2D table.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from nnunet_umit.spacing import TokenGrid
+
+PLANE_BASE = 10000.0
+DEPTH_BASE = 2333.0
+
+
+def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
+    """Positions (L, 3) in (depth, row, column) -> angles (L, head_dim / 2) in radians, float64.
+
+    Raises:
+        ValueError: ``head_dim`` is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head width {head_dim} is not a multiple of 4, as rotary positions need; change num_heads")
+    pairs = head_dim // 2
+    k = torch.arange(pairs // 2, dtype=torch.float64)
+    plane = PLANE_BASE ** (-2 * k / pairs)
+    depth = DEPTH_BASE ** (-(2 * k + 1) / pairs)
+    z, y, x = positions.double().unsqueeze(-1).unbind(1)
+    return torch.cat((z * depth + y * plane, z * depth + x * plane), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def rotary_table(grid: TokenGrid, head_dim: int, device: torch.device) -> Tensor:
+    """Cosine and sine for every token of a grid: (2, L, head_dim / 2) float32."""
+    with torch.inference_mode(False), torch.no_grad():
+        angles = rotary_angles(torch.tensor(grid.positions()), head_dim)
+        return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=torch.float32)
+
+
+def gather_table(table: Tensor, index: Tensor | None) -> Tensor:
+    """Rows of the table for a token subset: index (B, K) -> (2, B, 1, K, h/2); None -> (2, 1, 1, L, h/2)."""
+    if index is None:
+        return table[:, None, None]
+    return table[:, index].unsqueeze(2)
+
+
+def rotate(heads: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of (B, heads, L, h) by the table (2, B or 1, 1, L, h/2)."""
+    cosine, sine = table.to(heads.dtype)
+    even, odd = heads[..., 0::2], heads[..., 1::2]
+    return torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), -1).flatten(-2)

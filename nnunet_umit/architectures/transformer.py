@@ -1,0 +1,132 @@
+"""One transformer block and one stack of them (pre-norm, SwiGLU with inner norm: EVA-02, arXiv 2303.11331).
+
+Shape legend: B batch, L tokens, E width, h width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nnunet_umit.architectures.rope import rotate
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """Drop a residual branch for whole samples, rescaled to keep the mean (stochastic depth, arXiv 1603.09382)."""
+    if rate == 0.0 or not training:
+        return branch
+    keep = torch.rand(branch.shape[0], *(1,) * (branch.dim() - 1), device=branch.device) >= rate
+    return branch * (keep / (1.0 - rate)).to(branch.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection and rotary positions on queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens_BLE: Tensor, rope: Tensor | None, queries: Tensor | None = None) -> Tensor:
+        """``queries``: (B, Q) token indices that need an output; the others still serve as keys and values."""
+        batch, length, dim = tokens_BLE.shape
+        qkv = self.qkv(tokens_BLE).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        if queries is not None:
+            query = query.gather(2, queries[:, None, :, None].expand(-1, self.num_heads, -1, query.shape[-1]))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, -1, dim))
+
+
+class SwiGLU(nn.Module):
+    """``w3(LN(SiLU(w1 x) * w2 x))`` with w1 and w2 in one matrix (arXiv 2002.05202; the inner norm is EVA-02's)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens_BLE: Tensor) -> Tensor:
+        gate, value = self.w12(tokens_BLE).chunk(2, -1)
+        return self.w3(self.norm(F.silu(gate) * value))
+
+
+class Block(nn.Module):
+    """``x += attention(LN(x)); x += mlp(LN(x))``."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = SwiGLU(dim, int(dim * mlp_ratio))
+        self.drop_path = 0.0
+
+    def forward(self, tokens_BLE: Tensor, rope: Tensor | None, queries: Tensor | None = None) -> Tensor:
+        mixed = self.attn(self.norm1(tokens_BLE), rope, queries)
+        if queries is not None:
+            tokens_BLE = tokens_BLE.gather(1, queries.unsqueeze(-1).expand(-1, -1, tokens_BLE.shape[-1]))
+        tokens_BLE = tokens_BLE + drop_path(mixed, self.drop_path, self.training)
+        return tokens_BLE + drop_path(self.mlp(self.norm2(tokens_BLE)), self.drop_path, self.training)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final norm.
+
+    Args:
+        checkpointing: recompute each block in the backward pass: less memory for about a third more time.
+    """
+
+    def __init__(
+        self, dim: int, depth: int, num_heads: int, mlp_ratio: float = 8 / 3, checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.checkpointing = checkpointing
+        self.apply(_initialise)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Drop path that grows linearly from 0 in the first block to ``rate`` in the last."""
+        for index, block in enumerate(self.blocks):
+            block.drop_path = rate * index / max(len(self.blocks) - 1, 1)  # type: ignore[assignment]
+
+    def forward(
+        self,
+        tokens_BLE: Tensor,
+        rope: Tensor | None,
+        *,
+        taps: Sequence[int] = (),
+        queries: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the normalised output and the outputs of the zero-based blocks ``taps``.
+
+        With ``queries`` (B, Q) the last block, and so the output (B, Q, E), is computed for those tokens only.
+        """
+        outputs: dict[int, Tensor] = {}
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            wanted = queries if index == last else None
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens_BLE = checkpoint(block, tokens_BLE, rope, wanted, use_reentrant=False)
+            else:
+                tokens_BLE = block(tokens_BLE, rope, wanted)
+            if index in taps:
+                outputs[index] = tokens_BLE
+        return self.norm(tokens_BLE), [outputs[tap] for tap in taps]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""The ``umit`` command, one file a sub-command."""

@@ -1,0 +1,186 @@
+"""The ``umit`` block of a plans file: every hyper-parameter, validated, in one place.
+
+The block lives in ``plans["configurations"][NAME]["umit"]``. Edit the JSON to change a run; there are no subclasses
+for hyper-parameters. Unknown keys are refused with the nearest known name, so a typing error cannot pass silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+VERSION = 1
+SIZE_NAMES = ("tiny", "XS", "S", "B", "L")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every training of this package has in common. Fractions are of the whole schedule."""
+
+    epochs: int = 250
+    iterations_per_epoch: int = 250
+    val_iterations_per_epoch: int = 25
+    learning_rate: float = 1e-3
+    minimum_learning_rate_fraction: float = 0.01
+    warmup_fraction: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    drop_path: float = 0.0
+    seed: int = 2333
+    save_every: int = 1
+    max_nonfinite: int = 10
+    oversample_foreground: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "max_nonfinite"):
+            _require(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+        for name in ("learning_rate", "clip_norm"):
+            _require(self, name, _number(getattr(self, name)) and getattr(self, name) > 0, "a number > 0")
+        for name in ("minimum_learning_rate_fraction", "warmup_fraction", "drop_path", "oversample_foreground"):
+            _require(self, name, _number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        _require(self, "weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
+        _require(self, "drop_path", self.drop_path < 1, "below 1")
+        _require(self, "schedule", self.schedule in ("cosine", "poly"), "'cosine' or 'poly'")
+        _require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Masked-autoencoder pre-training (SelfMedMAE, arXiv 2203.05573; MAE, arXiv 2111.06377)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    mask_ratio: float = 0.75
+    decoder_dim: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 4
+    picture_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "mask_ratio", _number(self.mask_ratio) and 0 < self.mask_ratio < 1, "between 0 and 1, both excluded")
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads", "picture_every"):
+            _require(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+        _require(self, "decoder_heads", self.decoder_dim % (4 * self.decoder_heads) == 0, "a divisor of decoder_dim / 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Supervised training, from scratch or from a pre-trained encoder."""
+
+    epochs: int = 500
+    drop_path: float = 0.1
+    oversample_foreground: float = 0.33
+    layer_decay: float = 0.9
+    freeze: str = "none"
+    freeze_epochs: int = 0
+    augmentation: str = "nnunet"
+    mirror_axes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "layer_decay", _number(self.layer_decay) and 0 < self.layer_decay <= 1, "above 0, at most 1")
+        _require(self, "freeze", self.freeze in ("none", "encoder", "stem"), "'none', 'encoder' or 'stem'")
+        _require(self, "freeze_epochs", isinstance(self.freeze_epochs, int) and self.freeze_epochs >= 0, "a whole number >= 0")
+        _require(self, "augmentation", self.augmentation in ("nnunet", "light", "none"), "'nnunet', 'light' or 'none'")
+        if self.mirror_axes is not None:
+            _require(self, "mirror_axes", all(a in (0, 1, 2) for a in self.mirror_axes), "null or axes out of 0, 1, 2")
+            object.__setattr__(self, "mirror_axes", tuple(self.mirror_axes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMITConfig:
+    """The whole block: the size of the network and why, and one section for each kind of training."""
+
+    version: int = VERSION
+    size: str = "XS"
+    why: str = ""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        _require(self, "version", self.version == VERSION, f"{VERSION} (plan again with this version of nnunet-umit)")
+        _require(self, "size", self.size in SIZE_NAMES, f"one of {', '.join(SIZE_NAMES)}")
+
+    @classmethod
+    def for_size(cls, size: str, why: str = "") -> UMITConfig:
+        """Defaults for a network size; wider networks take smaller learning rates and more drop path."""
+        learning_rate, drop_path = _SIZE_DEFAULTS.get(size, _SIZE_DEFAULTS["XS"])
+        return cls(
+            size=size,
+            why=why,
+            pretrain=PretrainConfig(learning_rate=learning_rate),
+            finetune=FinetuneConfig(learning_rate=learning_rate, drop_path=drop_path),
+        )
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> UMITConfig:
+        """Read and validate a ``umit`` block.
+
+        Raises:
+            ValueError: an unknown key (the nearest known one is named) or a value out of its range.
+        """
+        values = dict(block)
+        for name, section in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+            values[name] = _build(section, values.get(name, {}), f"umit.{name}")
+        return _build(cls, values, "umit")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return _plain(dataclasses.asdict(self))
+
+
+_SIZE_DEFAULTS = {"tiny": (2e-3, 0.0), "XS": (1e-3, 0.05), "S": (5e-4, 0.1), "B": (3e-4, 0.2), "L": (2e-4, 0.3)}
+
+
+def get_umit_config(configuration_manager: Any) -> UMITConfig:
+    """The block of an nnU-Net ``ConfigurationManager`` (or of a configuration dictionary).
+
+    Raises:
+        ValueError: the plans come from another planner.
+    """
+    configuration = getattr(configuration_manager, "configuration", configuration_manager)
+    if "umit" not in configuration:
+        raise ValueError(
+            "these plans have no 'umit' block, so they were made by another planner; plan with "
+            "`nnUNetv2_plan_and_preprocess -d DATASET -pl UMITPlanner` and train with `-p UMITPlans`"
+        )
+    return UMITConfig.from_dict(configuration["umit"])
+
+
+def _build(section: type[_T], values: Any, where: str) -> _T:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a JSON object, not {values!r}")
+    known = [f.name for f in dataclasses.fields(section)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown key {where}.{key} in the plans; did you mean {where}.{near[0]}? Known: {', '.join(known)}")
+    try:
+        return section(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _require(config: Any, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {getattr(config, name)!r} but must be {rule}; edit the umit block of the plans")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

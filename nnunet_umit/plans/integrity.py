@@ -1,0 +1,303 @@
+"""Are these files what they claim to be? Checks on files, then on arrays, then on a whole raw dataset folder.
+
+Why a check before reading: SimpleITK reads a truncated ``.nii.gz`` as zeros without a word, so the damage is invisible
+afterwards. Why a check after reading: one infinite voxel makes every normalised voxel of a case NaN, and training goes
+on.
+
+Array legend: C channels (or 1 for labels), then space; images are float, labels any number type.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_HEADER_BYTES = 540  # the longer of the two NIfTI headers (NIfTI-1: 348, NIfTI-2: 540)
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_SHOWN = 10  # how many offending values or files an error lists before it only counts them
+
+
+class BadImageError(ValueError):
+    """A file or array that must not be trained on. One message, so that it crosses process boundaries unchanged."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a dataset: where, what, and what to do about it."""
+
+    path: str
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}. {self.fix}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def file_problem(path: str | os.PathLike[str]) -> Problem | None:
+    """What is wrong with the bytes of one image or label file, or None.
+
+    Covers: missing, empty, broken or truncated gzip (its CRC is verified, which means decompressing the whole file
+    once), fewer voxel bytes than the NIfTI header declares, PNG without its end marker. Other formats are left to their
+    readers, which do complain.
+    """
+    path = os.fspath(path)
+    fix = f"Copy or convert {os.path.basename(path)} again from its source, or remove the case from the dataset"
+    if not os.path.isfile(path):
+        return Problem(path, "no such file", "Restore it, or remove the case from the dataset")
+    size = os.path.getsize(path)
+    if size == 0:
+        return Problem(path, "the file is empty (0 bytes)", fix)
+    name = path.lower()
+    if name.endswith(".gz"):
+        return _gzip_problem(path, fix)
+    with open(path, "rb") as handle:
+        if name.endswith(".nii"):
+            return _nifti_problem(path, handle.read(_HEADER_BYTES), size, fix)
+        if name.endswith(".png"):
+            start = handle.read(len(_PNG_START))
+            handle.seek(max(size - 64, 0))
+            if start != _PNG_START:
+                return Problem(path, f"not a PNG file (it starts with {start!r})", fix)
+            if _PNG_END not in handle.read():
+                return Problem(path, f"truncated: {size} bytes without the PNG end marker", fix)
+    return None
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Raise when the bytes of an image or label file are damaged; see `file_problem` for what is covered.
+
+    Raises:
+        BadImageError: with file, value, limit and fix.
+    """
+    problem = file_problem(path)
+    if problem is not None:
+        raise BadImageError(str(problem))
+
+
+def _gzip_problem(path: str, fix: str) -> Problem | None:
+    header, total = b"", 0
+    try:
+        with gzip.open(path, "rb") as handle:
+            header = _read_at_least(handle, _HEADER_BYTES)
+            total = len(header)
+            while chunk := handle.read(_CHUNK):
+                total += len(chunk)
+    except EOFError:
+        return Problem(path, f"truncated: the gzip stream ends early, {os.path.getsize(path)} bytes on disk", fix)
+    except (gzip.BadGzipFile, zlib.error) as error:
+        return Problem(path, f"damaged gzip stream ({error})", fix)
+    return _nifti_problem(path, header, total, fix) if path.lower().endswith(".nii.gz") else None
+
+
+def _read_at_least(handle: BinaryIO | gzip.GzipFile, count: int) -> bytes:
+    parts = b""
+    while len(parts) < count and (chunk := handle.read(count - len(parts))):
+        parts += chunk
+    return parts
+
+
+def _nifti_problem(path: str, header: bytes, size: int, fix: str) -> Problem | None:
+    """Compare the voxel bytes a NIfTI-1 or -2 header declares with the (uncompressed) `size` in bytes."""
+    declared = _nifti_bytes(header)
+    if declared is None:
+        return Problem(path, f"no NIfTI header in its first {len(header)} bytes", fix)
+    shape, needed = declared
+    if size < needed:
+        text = " x ".join(map(str, shape))
+        reason = f"truncated: the header declares {text} voxels = {needed} bytes, the file holds {size}"
+        return Problem(path, reason, fix)
+    return None
+
+
+def _nifti_bytes(header: bytes) -> tuple[tuple[int, ...], int] | None:
+    """Declared shape and total bytes (voxel offset included), or None when this is no NIfTI header."""
+    for order in "<>":
+        if len(header) >= 348 and struct.unpack_from(order + "i", header, 0)[0] == 348:
+            dims = struct.unpack_from(order + "8h", header, 40)
+            bits = struct.unpack_from(order + "h", header, 72)[0]
+            offset = struct.unpack_from(order + "f", header, 108)[0]
+            if header[344:347] == b"ni1":
+                offset = 0  # header and voxels in two files: only the header is here
+                bits = 0
+        elif len(header) >= 540 and struct.unpack_from(order + "i", header, 0)[0] == 540:
+            dims = struct.unpack_from(order + "8q", header, 16)
+            bits = struct.unpack_from(order + "h", header, 14)[0]
+            offset = struct.unpack_from(order + "q", header, 168)[0]
+        else:
+            continue
+        if not 1 <= dims[0] <= 7 or any(size < 1 for size in dims[1 : dims[0] + 1]) or not math.isfinite(offset):
+            return None
+        shape = tuple(int(size) for size in dims[1 : dims[0] + 1])
+        return shape, int(offset) + (math.prod(shape) * bits + 7) // 8
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arrays
+
+
+def array_problem(image_CDHW: NDArray[Any], files: Sequence[str]) -> Problem | None:
+    """What is wrong with the voxels of one case, or None.
+
+    Args:
+        image_CDHW: channels first, any number of space axes.
+        files: the files the channels came from: one per channel, or one file that holds them all.
+
+    A constant channel among others is only logged: an absent MR sequence is often stored as zeros.
+    """
+    constant = []
+    for channel, voxels in enumerate(image_CDHW):
+        file = str(files[channel] if len(files) == len(image_CDHW) else ", ".join(map(str, files)))
+        finite = np.isfinite(voxels)
+        if not finite.all():
+            bad = int(voxels.size - np.count_nonzero(finite))
+            first = tuple(int(i) for i in np.argwhere(~finite)[0])
+            return Problem(
+                file,
+                f"channel {channel} holds {bad} of {voxels.size} voxels that are NaN or infinite, the first is "
+                f"{voxels[first]} at array index {first}; every voxel must be finite",
+                "Replace them by a value that means background (numpy.nan_to_num does) and save the file again",
+            )
+        if voxels.size and voxels.min() == voxels.max():
+            constant.append((channel, file, float(voxels.flat[0])))
+    if len(constant) == len(image_CDHW):
+        value = ", ".join(f"{item[2]:g}" for item in constant)
+        return Problem(
+            ", ".join(dict.fromkeys(item[1] for item in constant)),
+            f"every voxel has the same value ({value}) in all {len(image_CDHW)} channels; at least one must vary",
+            "Export the image again, or remove the case from the dataset",
+        )
+    for channel, file, level in constant:
+        logger.warning("%s: channel %d is constant (%g); the other channels are used as they are", file, channel, level)
+    return None
+
+
+def label_problem(label: NDArray[Any], allowed: Iterable[int], file: str) -> Problem | None:
+    """Label values that dataset.json does not declare, or None; see `allowed_labels` for what counts as declared."""
+    legal = sorted(set(int(value) for value in allowed))
+    found = np.unique(label)
+    illegal = [value for value in found.tolist() if value not in legal]  # NaN is in no list, so it is found as well
+    if not illegal:
+        return None
+    shown = ", ".join(f"{value:g}" for value in illegal[:_SHOWN]) + (", …" if len(illegal) > _SHOWN else "")
+    voxels = int(np.count_nonzero(~np.isin(label, legal)))
+    return Problem(
+        file,
+        f"label value {shown} in {voxels} voxels; dataset.json declares {legal}",
+        'Correct the label file, or add the value to "labels" in dataset.json (values must be consecutive)',
+    )
+
+
+def allowed_labels(dataset_json: dict[str, Any]) -> list[int]:
+    """All values a label file may hold, from ``dataset_json["labels"]``: background, classes, region parts, ignore."""
+    values = {0}
+    for value in dataset_json["labels"].values():
+        values.update(int(part) for part in (value if isinstance(value, (list, tuple)) else [value]))
+    return sorted(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a raw dataset folder
+
+
+def check_dataset(dataset_folder: str | os.PathLike[str]) -> list[Problem]:
+    """Everything wrong with a raw nnU-Net dataset folder, most basic first; an empty list means it can be planned.
+
+    Reads every training image and label once with nnU-Net's own reader, and the bytes of every test image.
+    """
+    folder = Path(dataset_folder)
+    dataset_json, problems = _read_dataset_json(folder)
+    if dataset_json is None:
+        return problems
+    # Lazily: nnU-Net's readers import SimpleITK, nibabel and scikit-image.
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    cases = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+    problems = _count_problems(folder, dataset_json, cases)
+    reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+    for name, case in cases.items():
+        files = [*case["images"], case["label"]]
+        damaged = [problem for problem in map(file_problem, files) if problem is not None]
+        problems += damaged or _case_problems(name, case, dataset_json, reader_class())
+    test_folder = folder / "imagesTs"
+    if test_folder.is_dir():
+        tests = sorted(test_folder.glob("*" + dataset_json["file_ending"]))
+        problems += [problem for problem in map(file_problem, tests) if problem is not None]
+    return problems
+
+
+def _read_dataset_json(folder: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
+    path = folder / "dataset.json"
+    if not path.is_file():
+        fix = "Check nnUNet_raw, or create the folder as nnU-Net's documentation/dataset_format.md describes"
+        return None, [Problem(str(path), "no such file" if folder.is_dir() else "no such dataset folder", fix)]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        return None, [Problem(str(path), f"not valid JSON ({error})", "Correct it in an editor")]
+    missing = [key for key in ("channel_names", "labels", "numTraining", "file_ending") if key not in content]
+    if missing:
+        return None, [Problem(str(path), f"keys {missing} are missing", "Add them; see nnU-Net's dataset_format.md")]
+    if "dataset" not in content:
+        for part in ("imagesTr", "labelsTr"):
+            if not (folder / part).is_dir():
+                return None, [Problem(str(folder / part), "no such folder", "Put the training files there")]
+    return content, []
+
+
+def _count_problems(folder: Path, dataset_json: dict[str, Any], cases: dict[str, Any]) -> list[Problem]:
+    path, problems = str(folder / "dataset.json"), []
+    if len(cases) != dataset_json["numTraining"]:
+        reason = f"numTraining is {dataset_json['numTraining']}, but {len(cases)} cases were found"
+        problems.append(Problem(path, reason, f"Set numTraining to {len(cases)}, or restore the missing cases"))
+    values = allowed_labels(dataset_json)
+    if values != list(range(len(values))):
+        problems.append(Problem(path, f"label values {values} are not consecutive from 0", "Renumber the labels"))
+    return problems
+
+
+def _case_problems(name: str, case: dict[str, Any], dataset_json: dict[str, Any], reader: Any) -> list[Problem]:
+    """Problems of one case whose files are whole: unreadable, wrong channel count, shapes, voxels, labels."""
+    label_file = str(case["label"])
+    try:
+        image_CDHW, properties = reader.read_images(case["images"])
+        label_1DHW, label_properties = reader.read_seg(label_file)
+    except Exception as error:  # every reader has its own exceptions; the problem list is where they are reported
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        return [Problem(", ".join([*case["images"], label_file]), reason, "Convert the files again from their source")]
+    problems = []
+    expected = len(dataset_json["channel_names"])
+    if len(image_CDHW) != expected:
+        reason = f"case {name} has {len(image_CDHW)} channels, dataset.json declares {expected}"
+        problems.append(Problem(", ".join(case["images"]), reason, "Add the missing files, or correct channel_names"))
+    found = [
+        array_problem(image_CDHW, case["images"]),
+        label_problem(label_1DHW, allowed_labels(dataset_json), label_file),
+    ]
+    if image_CDHW.shape[1:] != label_1DHW.shape[1:]:
+        reason = f"label shape {label_1DHW.shape[1:]} differs from image shape {image_CDHW.shape[1:]}"
+        found.append(Problem(label_file, reason, "Resample the label to the grid of its image"))
+    elif not np.allclose(properties["spacing"], label_properties["spacing"], rtol=1e-3):
+        reason = f"label spacing {label_properties['spacing']} differs from image spacing {properties['spacing']} mm"
+        found.append(Problem(label_file, reason, "Copy the image's header (spacing, origin, direction) to the label"))
+    return problems + [problem for problem in found if problem is not None]

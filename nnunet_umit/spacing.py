@@ -1,0 +1,216 @@
+"""Voxel spacing turned into numbers the networks use: anisotropy, token size, token grid, positions.
+
+The only definition of these ideas; every other room imports it. Standard library only, so that planners and
+command line tools can use it without torch. Axis order is always (depth, height, width), and depth is the axis with
+the largest spacing (nnU-Net's transpose guarantees it).
+
+Shape legend: B batch, C channels, D H W voxels, L tokens, P values in a token (depth, height, width, channel order).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_RATIO = 32.0
+MAX_LEVEL = 5
+
+Size3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Anisotropy:
+    """How many times thicker a slice is than a pixel is wide (PUMIT, arXiv 2312.07630, degree of anisotropy).
+
+    Args:
+        ratio: depth spacing / finest in-plane spacing, from 1 to 32, or ``math.inf`` for a 2D image, which has no
+            neighbouring slices at all. Use :meth:`from_spacing` to clip a measured ratio into this range.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not (1.0 <= self.ratio <= MAX_RATIO or self.ratio == math.inf):
+            raise ValueError(
+                f"anisotropy ratio {self.ratio} is outside 1..{MAX_RATIO:g} (or inf for 2D); "
+                "use Anisotropy.from_spacing, which clips it"
+            )
+
+    @classmethod
+    def from_spacing(cls, spacing: Sequence[float]) -> Anisotropy:
+        """From voxel spacing in mm: three values (depth first) or two, which is a 2D image.
+
+        Raises:
+            ValueError: another number of values, or one that is not a positive finite number.
+        """
+        values = [float(value) for value in spacing]
+        if len(values) not in (2, 3) or any(not math.isfinite(value) or value <= 0 for value in values):
+            raise ValueError(f"spacing {list(spacing)} must be two or three positive numbers in mm (depth first)")
+        if len(values) == 2:
+            return cls(math.inf)
+        return cls(min(max(values[0] / min(values[1:]), 1.0), MAX_RATIO))
+
+    @property
+    def planar(self) -> bool:
+        """True for a 2D image."""
+        return self.ratio == math.inf
+
+    @property
+    def level(self) -> int:
+        """``floor(log2(ratio))``, 0 (isotropic) to 5 (2D)."""
+        return MAX_LEVEL if self.planar else int(math.floor(math.log2(self.ratio)))
+
+    @property
+    def inverse_ratio(self) -> float:
+        """``1 / ratio``; 0 for a 2D image."""
+        return 0.0 if self.planar else 1.0 / self.ratio
+
+    def at(self, halvings: int) -> Anisotropy:
+        """The anisotropy that is left after in-plane size was halved ``halvings`` times.
+
+        Depth is not halved while the voxel is still thick, so each of the first ``level`` halvings halves the ratio.
+        """
+        if self.planar:
+            return self
+        return Anisotropy(max(self.ratio / 2 ** min(halvings, self.level), 1.0))
+
+    def depth_stride(self, stride: int, halvings: int = 0) -> int:
+        """Depth stride of a layer with in-plane stride ``stride`` that follows ``halvings`` in-plane halvings."""
+        steps = _log2(stride, "stride")
+        pending = max(self.level - halvings, 0)
+        if self.planar:
+            return 1
+        return 2 ** max(steps - pending, 0)
+
+    def token(self, size: int) -> Size3:
+        """Token extent in voxels for the in-plane token ``size``: as near to a cube in mm as whole slices allow."""
+        return (self.depth_stride(size), size, size)
+
+    def strides(self, size: int) -> list[Size3]:
+        """Strides from one resolution level to the next, full resolution first: ``[(1, 1, 1), ...]`` (nnU-Net style)."""
+        return [(1, 1, 1)] + [(self.depth_stride(2, n), 2, 2) for n in range(_log2(size, "token size"))]
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """An image cut into tokens: every padding, flatten and unflatten of a token sequence goes through here.
+
+    The image is padded at its far end to whole tokens. Token order is depth, height, width (width fastest); inside a
+    token the values are ordered depth, height, width, channel (methods.md, MAE-1).
+
+    Args:
+        image_size: voxels (depth, height, width).
+        token: token extent in voxels (depth, height, width).
+        depth_step: distance between two depth-neighbours in units of the in-plane distance between two tokens.
+        unit: length of one in-plane token step in position units.
+    """
+
+    image_size: Size3
+    token: Size3
+    depth_step: float = 1.0
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.image_size) < 1 or min(self.token) < 1:
+            raise ValueError(f"image size {self.image_size} and token {self.token} must be at least one voxel per axis")
+
+    @property
+    def shape(self) -> Size3:
+        """Tokens per axis."""
+        d, h, w = (-(-size // token) for size, token in zip(self.image_size, self.token, strict=True))
+        return d, h, w
+
+    @property
+    def padded_size(self) -> Size3:
+        """Voxels per axis after padding to whole tokens."""
+        d, h, w = (count * token for count, token in zip(self.shape, self.token, strict=True))
+        return d, h, w
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens L."""
+        return math.prod(self.shape)
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """For ``torch.nn.functional.pad`` on (..., D, H, W): last axis first, far end only."""
+        far = [padded - size for padded, size in zip(self.padded_size, self.image_size, strict=True)]
+        return (0, far[2], 0, far[1], 0, far[0])
+
+    def positions(self) -> list[tuple[float, float, float]]:
+        """Position of every token, in token order, in position units; the first token is the origin."""
+        depth, height, width = self.shape
+        return [
+            (z * self.depth_step * self.unit, y * self.unit, x * self.unit)
+            for z in range(depth)
+            for y in range(height)
+            for x in range(width)
+        ]
+
+    def patchify(self, image: Any) -> Any:
+        """(B, C, *padded_size) tensor -> (B, L, P) tensor."""
+        batch, channels = image.shape[:2]
+        self._check(image, self.padded_size)
+        (d, h, w), (td, th, tw) = self.shape, self.token
+        patches = image.reshape(batch, channels, d, td, h, th, w, tw).permute(0, 2, 4, 6, 3, 5, 7, 1)
+        return patches.reshape(batch, d * h * w, td * th * tw * channels)
+
+    def unpatchify(self, patches: Any, channels: int) -> Any:
+        """(B, L, P) tensor -> (B, C, *padded_size) tensor, the inverse of :meth:`patchify`."""
+        batch = patches.shape[0]
+        (d, h, w), (td, th, tw) = self.shape, self.token
+        image = patches.reshape(batch, d, h, w, td, th, tw, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return image.reshape(batch, channels, d * td, h * th, w * tw)
+
+    def unflatten(self, tokens: Any) -> Any:
+        """(B, L, C) tokens -> (B, C, *shape) feature map."""
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.shape)
+
+    def expand(self, mask: Any) -> Any:
+        """(B, L) values per token -> (B, 1, *padded_size), each repeated over the voxels of its token."""
+        image = mask.reshape(mask.shape[0], 1, *self.shape)
+        for axis, repeats in enumerate(self.token, start=2):
+            image = image.repeat_interleave(repeats, axis)
+        return image
+
+    def crop(self, image: Any) -> Any:
+        """Undo the padding of a (..., *padded_size) tensor."""
+        depth, height, width = self.image_size
+        return image[..., :depth, :height, :width]
+
+    def _check(self, image: Any, size: Size3) -> None:
+        if tuple(image.shape[2:]) != size:
+            raise ValueError(f"image of size {tuple(image.shape[2:])} does not fit the padded grid {size}")
+
+
+def token_grid(image_size: Sequence[int], spacing: Sequence[float], token_size: int, positions: str) -> TokenGrid:
+    """The token grid of an image in a network with in-plane token ``token_size``.
+
+    Args:
+        image_size: voxels (depth, height, width).
+        spacing: mm, three values or two (2D).
+        token_size: in-plane token extent in voxels, a power of two.
+        positions: ``"relative"``: one unit is one in-plane token, and equal millimetres are equal distances on every
+            axis (depth steps are scaled by the token's real thickness); ``"index"``: PUMIT's plain token index;
+            ``"mm"``: one unit is ``token_size`` millimetres, so tokens of different spacing agree as well.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
+    anisotropy = Anisotropy.from_spacing(spacing)
+    token = anisotropy.token(token_size)
+    depth_step = 1.0 if anisotropy.planar or positions == "index" else anisotropy.ratio * token[0] / token[1]
+    unit = float(min(spacing[-2:])) if positions == "mm" else 1.0
+    depth, height, width = image_size
+    return TokenGrid((depth, height, width), token, depth_step, unit)
+
+
+POSITIONS = ("relative", "index", "mm")
+
+
+def _log2(value: int, name: str) -> int:
+    steps = value.bit_length() - 1
+    if value < 1 or 2**steps != value:
+        raise ValueError(f"{name} {value} is not a power of two; use 4, 8 or 16")
+    return steps

@@ -1,0 +1,372 @@
+"""What both trainers share: a plan-driven, reproducible, kill-safe training inside nnU-Net's own loop.
+
+Every random number of a training is a function of the plan's seed and a position: batches (``batches.py``), masks,
+drop path and initial weights. No generator state is stored, and ``--c`` continues bit for bit on a CPU with the same
+number of threads. On a GPU the order of floating-point sums is up to the kernels (nnU-Net switches cuDNN benchmarking
+on), so curves agree only closely there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import distributed
+
+from nnunet_umit.config import TrainingConfig
+from nnunet_umit.trainers import checkpoint as checkpoints
+from nnunet_umit.trainers.batches import (
+    PREFETCH,
+    BatchStream,
+    IndexedBatches,
+    IndexSequence,
+    derive_seed,
+    workers_for_shared_memory,
+)
+from nnunet_umit.trainers.guard import NonFiniteGuard, agreed
+from nnunet_umit.trainers.optimisation import LearningRateSchedule, adamw, parameter_groups
+from nnunet_umit.trainers.pictures import Panel, draw_progress
+from nnunet_umit.trainers.progress import StepProgress
+from nnunet_umit.trainers.requirements import read_plan, require_cases, require_folders
+from nnunet_umit.trainers.resume import ResumableTrainer
+
+
+class UMITBaseTrainer(ResumableTrainer):
+    """Not for ``-tr``: use ``UMITPretrainTrainer`` or ``UMITTrainer``."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net copies this very signature
+    ) -> None:
+        plans.setdefault("continue_training", False)  # nnU-Net's command sets it, other callers need not
+        self.continue_requested = bool(plans["continue_training"])
+        self.umit = read_plan(plans, configuration)
+        require_folders()
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        config = self.config
+        self.num_epochs = config.epochs
+        self.num_iterations_per_epoch = config.iterations_per_epoch
+        self.num_val_iterations_per_epoch = config.val_iterations_per_epoch
+        self.initial_lr = config.learning_rate
+        self.weight_decay = config.weight_decay
+        self.oversample_foreground_percent = config.oversample_foreground
+        self.save_every = config.save_every
+        self.continued = False
+        self.step_in_epoch = 0
+        self.history: dict[str, list[float]] = {}
+        self.transfer: dict[str, Any] | None = None
+        self.guard = NonFiniteGuard(config.max_nonfinite, self.print_to_log_file, self.name_last_good)
+        self.progress = StepProgress(self.print_to_log_file, shown=self.local_rank == 0)
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            self.grad_scaler = None  # bfloat16 has the range of float32: nothing to scale
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The section of the plan's umit block that this trainer obeys."""
+        return getattr(self.umit, self.section)
+
+    def iteration(self) -> int:
+        """Number of the present step, counted over the whole training."""
+        return self.current_epoch * self.num_iterations_per_epoch + self.step_in_epoch
+
+    def seed_for(self, stream: str, *indices: int) -> int:
+        """A seed for one purpose and position, different on every rank."""
+        return derive_seed(self.config.seed, stream, self.local_rank, *indices)
+
+    def autocast(self) -> AbstractContextManager:
+        """bfloat16 on GPUs that have it, else nnU-Net's float16 with a scaler; full precision elsewhere."""
+        if self.device.type != "cuda":
+            return nullcontext()  # on a CPU, bfloat16 convolutions are ten times slower
+        return torch.autocast("cuda", dtype=torch.bfloat16 if self.grad_scaler is None else torch.float16)
+
+    def to_device(self, value: Any) -> Any:
+        """A tensor, or a list of tensors, on the training device."""
+        if isinstance(value, list):
+            return [self.to_device(item) for item in value]
+        return value.to(self.device, non_blocking=True)
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The values of all ranks, in one list."""
+        if not self.is_ddp:
+            return values
+        parts: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
+    # ----------------------------------------------------------------------------------------------- set-up
+
+    def initialize(self) -> None:
+        """Build network, optimiser and loss; the initial weights depend on the plan's seed only."""
+        require_cases(self)
+        torch.manual_seed(derive_seed(self.config.seed, "weights"))
+        super().initialize()
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, with a clear error where five folds cannot be made.
+
+        Raises:
+            ValueError: an integer fold of fewer than five cases.
+        """
+        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if self.fold != "all" and not splits.is_file():
+            cases = len(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+            if cases < 5:
+                raise ValueError(
+                    f"{cases} cases cannot be split into 5 folds; train fold 'all' or write your own folds to {splits}"
+                )
+        return super().do_split()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
+        """AdamW with one group for each layer, and a schedule that keeps their ratio."""
+        config = self.config
+        groups = parameter_groups(
+            self.unwrapped(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            layer_decay=getattr(config, "layer_decay", 1.0),
+        )
+        optimizer = adamw(groups, betas=config.betas)
+        schedule = LearningRateSchedule(
+            optimizer,
+            total=config.epochs * config.iterations_per_epoch,
+            warmup_fraction=config.warmup_fraction,
+            shape=config.schedule,
+            minimum=config.minimum_learning_rate_fraction,
+        )
+        return optimizer, schedule
+
+    def plot_network_architecture(self) -> None:
+        """Nothing: nnU-Net draws with a package that is no longer maintained and logs its failure."""
+
+    def training_transforms(self, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> Any:
+        """Transforms of one training sample."""
+        raise NotImplementedError
+
+    def validation_transforms(self, scales: Any) -> Any:
+        """Transforms of one validation sample."""
+        raise NotImplementedError
+
+    def loader_labels(self) -> Any:
+        """What the loader asks about labels."""
+        return self.label_manager
+
+    def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
+        """Streams of training batches, from the present epoch on, and of the same validation batches every epoch."""
+        patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, larger_patch, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        training, validation = self.get_tr_and_val_datasets()
+        first, last = (epoch * self.num_iterations_per_epoch for epoch in (self.current_epoch, self.num_epochs))
+        workers = self._workers()
+        train_transforms = self.training_transforms(rotation, mirror_axes, dummy_2d, scales)
+        return (
+            self._stream("train", training, larger_patch, train_transforms, IndexSequence(first, last), workers),
+            self._stream(
+                "validation",
+                validation,
+                patch_size,
+                self.validation_transforms(scales),
+                IndexSequence(period=self.num_val_iterations_per_epoch),
+                min(workers, max(1, workers // 2)),
+            ),
+        )
+
+    def _workers(self) -> int:
+        wanted = get_allowed_n_proc_DA()
+        batch_bytes = (
+            self.batch_size * math.prod(self.configuration_manager.patch_size) * (4 * self.num_input_channels + 4)
+        )
+        fitting = workers_for_shared_memory(wanted, batch_bytes=batch_bytes, prefetch=2 * PREFETCH)
+        if fitting < wanted:
+            self.print_to_log_file(
+                f"shared memory (/dev/shm) has room for {fitting} instead of {wanted} data-loading processes; start "
+                "containers with more, for example docker run --shm-size=8g"
+            )
+        return fitting
+
+    def _stream(
+        self, name: str, dataset: Any, larger_patch: Any, transforms: Any, indices: IndexSequence, workers: int
+    ) -> BatchStream:
+        loader = nnUNetDataLoader(
+            dataset,
+            self.batch_size,
+            larger_patch,
+            self.configuration_manager.patch_size,
+            self.loader_labels(),
+            oversample_foreground_percent=self.oversample_foreground_percent,
+            transforms=transforms,
+        )
+        batches = IndexedBatches(loader, seed=self.config.seed, stream=name, rank=self.local_rank)
+        return BatchStream(batches, indices, workers=workers, pin_memory=self.device.type == "cuda")
+
+    # ----------------------------------------------------------------------------------------------- epochs
+
+    def run_training(self) -> None:
+        """nnU-Net's loop; worker processes end with it, however it ends."""
+        try:
+            super().run_training()
+        finally:
+            self.progress.stop()
+            for stream in (self.dataloader_train, self.dataloader_val):
+                if stream is not None:
+                    stream.close()
+
+    def on_train_start(self) -> None:
+        """Write the first checkpoint, before anything else can fail, then let nnU-Net prepare the training.
+
+        With it, ``--c`` after a kill in the first minutes continues from the pre-trained weights, instead of silently
+        starting without them.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        if not self.continued:
+            self.begin_folder()
+        super().on_train_start()
+        parameters = sum(parameter.numel() for parameter in self.unwrapped().parameters())
+        self.print_to_log_file(
+            f"{type(self).__name__}: {parameters / 1e6:.2f} million parameters, patch "
+            f"{tuple(self.configuration_manager.patch_size)}, batch {self.configuration_manager.batch_size}, "
+            f"{self.num_epochs} epochs of {self.num_iterations_per_epoch} iterations, from epoch {self.current_epoch}"
+        )
+
+    def on_train_end(self) -> None:
+        """nnU-Net's end (``checkpoint_final.pth`` is whole before ``checkpoint_latest.pth`` goes), and ours."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            (Path(self.output_folder) / checkpoints.PREVIOUS).unlink(missing_ok=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Learning rates are set before every step; here they are logged."""
+        self.network.train()
+        self.step_in_epoch = 0
+        self.lr_scheduler.step(self.iteration())
+        rate = float(max(group["lr"] for group in self.optimizer.param_groups))
+        self.print_to_log_file("")
+        self.print_to_log_file(f"Epoch {self.current_epoch}")
+        self.print_to_log_file(f"Current learning rate: {rate:.3g}")
+        self.logger.log("lrs", rate, self.current_epoch)
+        self.progress.start(f"epoch {self.current_epoch}, training", self.num_iterations_per_epoch)
+
+    def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Forward pass of one training batch."""
+        raise NotImplementedError
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimiser step; skipped, with the cases named, if loss or gradient is not finite."""
+        step = self.iteration()
+        torch.manual_seed(self.seed_for("step", step))  # drop path: the same after a restart
+        self.lr_scheduler.step(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            loss = self.compute_loss(batch)
+        what, finite = "loss", agreed(torch.isfinite(loss.detach()), self.is_ddp)
+        if finite:
+            what, finite = "gradient", self._update(loss)
+        self.guard.accept(finite, batch["keys"], step=step, what=what)
+        self.step_in_epoch += 1
+        value = float(loss.detach())
+        self.progress.advance(f"loss {value:.4f}")
+        return {"loss": value}
+
+    def _update(self, loss: torch.Tensor) -> bool:
+        """Backward pass and optimiser step; False if the gradient is not finite and the weights stay as they are."""
+        parameters = self.network.parameters()
+        if self.grad_scaler is not None:  # float16: the scaler skips overflowing steps by itself
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+            return True
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)  # equal on all ranks: already summed
+        if not bool(torch.isfinite(norm)):
+            return False
+        self.optimizer.step()
+        return True
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
+        """Log the mean over all steps with a finite loss."""
+        self.progress.stop()
+        losses = self.gather([output["loss"] for output in train_outputs])
+        self.logger.log("train_losses", finite_mean(losses), self.current_epoch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluation mode."""
+        self.network.eval()
+        self.progress.start(f"epoch {self.current_epoch}, validation", self.num_val_iterations_per_epoch)
+
+    def end_validation_step(self, batch: dict[str, Any], loss: float) -> None:
+        """Show progress; name the cases of a loss that is not finite."""
+        if not math.isfinite(loss):
+            self.print_to_log_file(
+                f"validation batch {batch['index']} has no finite loss; cases: {', '.join(batch['keys'])}"
+            )
+        self.progress.advance(f"loss {loss:.4f}")
+
+    def describe_epoch(self) -> list[str]:
+        """Lines for the log at the end of an epoch."""
+        raise NotImplementedError
+
+    def panels(self) -> list[Panel]:
+        """Curves of ``progress.png``."""
+        raise NotImplementedError
+
+    def draw(self) -> None:
+        """Write ``progress.png`` (nnU-Net's own takes three seconds, as long as a short epoch)."""
+        draw_progress(self.panels(), Path(self.output_folder) / "progress.png", type(self).__name__)
+
+    def logged(self, name: str) -> list[float]:
+        """All values of one of nnU-Net's logging keys."""
+        return [float(value) for value in self.logger.get_value(name, step=None)]
+
+    def time_and_rate_panels(self) -> list[Panel]:
+        """Learning rate, and seconds per epoch."""
+        stamps = zip(self.logged("epoch_start_timestamps"), self.logged("epoch_end_timestamps"), strict=False)
+        return [
+            Panel("learning rate", {"": self.logged("lrs")}),
+            Panel("seconds an epoch", {"": [end - start for start, end in stamps]}, from_zero=True),
+        ]
+
+    def on_epoch_end(self) -> None:
+        """Log, draw, and keep the best and the latest state.
+
+        Unlike in nnU-Net, the best score is up to date when the latest checkpoint is written, so that a resumed
+        training cannot overwrite a better ``checkpoint_best.pth``; and a score that is not a number is never the best.
+        """
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        for line in self.describe_epoch():
+            self.print_to_log_file(line)
+        started, ended = (self.logged(f"epoch_{name}_timestamps")[-1] for name in ("start", "end"))
+        self.print_to_log_file(f"Epoch time: {ended - started:.2f} s")
+        score = self.logged("ema_fg_dice")[-1]
+        if math.isfinite(score) and (self._best_ema is None or score > self._best_ema):
+            self._best_ema = score
+            self.save_checkpoint(os.path.join(self.output_folder, checkpoints.BEST))
+        done = self.current_epoch + 1
+        if done % self.save_every == 0 and done != self.num_epochs:
+            self.save_checkpoint(os.path.join(self.output_folder, checkpoints.LATEST))
+        if self.local_rank == 0:
+            self.draw()
+        self.current_epoch = done
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Mean of the finite values; NaN without any."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan

@@ -1,0 +1,202 @@
+"""Batches as a pure function of (seed, stream, index).
+
+nnU-Net's loaders draw from random generators that live in worker processes, so a batch depends on how many workers
+there are, which of them was quicker, and how often a training was restarted. Here batch number ``i`` is made by seeding
+all generators from ``(seed, stream, i)`` and asking nnU-Net's own loader for one batch. The same index gives the same
+batch in every process, with any number of workers; a resumed training starts at index ``epoch * iterations_per_epoch``
+and needs no generator state; validation asks for the same indices in every epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+PREFETCH = 3  # batches that each worker makes ahead
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def derive_seed(seed: int, stream: str, *indices: int) -> int:
+    """A 64-bit seed that depends on every argument, well mixed (numpy ``SeedSequence``).
+
+    Args:
+        seed: the seed of the plan.
+        stream: what the numbers are for, such as ``"train"`` or ``"mask"``; streams are independent.
+        indices: non-negative positions within the stream, such as rank and iteration.
+    """
+    words = np.random.SeedSequence([seed, zlib.crc32(stream.encode()), *indices]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))  # torch takes signed 64-bit seeds
+
+
+@contextmanager
+def random_state(seed: int) -> Iterator[None]:
+    """Seed Python, numpy and torch (CPU), use one torch thread, and put everything back afterwards.
+
+    One thread: sums over several threads may round differently, and workers have only one.
+    """
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state(), torch.get_num_threads()
+    try:
+        random.seed(seed)
+        np.random.seed(np.random.SeedSequence(seed).generate_state(4))
+        torch.default_generator.manual_seed(seed)
+        torch.set_num_threads(1)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+        torch.set_num_threads(states[3])
+
+
+class IndexedBatches(Dataset):
+    """nnU-Net's loader as a map from an index to a batch.
+
+    Args:
+        loader: makes one batch out of the present state of the generators; must carry no state of its own.
+        seed: the seed of the plan.
+        stream: ``"train"`` or ``"validation"``.
+        rank: processes of a distributed training draw different batches.
+    """
+
+    def __init__(self, loader: nnUNetDataLoader, *, seed: int, stream: str, rank: int = 0) -> None:
+        self.loader = loader
+        self.seed = seed
+        self.stream = stream
+        self.rank = rank
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The batch ``{"data": (B, C, *patch), "target": ..., "keys": [case, ...], "index": index}``."""
+        seed = derive_seed(self.seed, self.stream, self.rank, index)
+        try:
+            with random_state(seed):
+                batch = self.loader.generate_train_batch()
+        except Exception as error:
+            with random_state(seed):
+                cases = ", ".join(dict.fromkeys(str(case) for case in self.loader.get_indices()))
+            raise RuntimeError(
+                f"batch {index} of the {self.stream} data could not be made from the cases {cases}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        batch["keys"] = [str(case) for case in batch["keys"]]
+        batch["index"] = index
+        return batch
+
+
+class IndexSequence(Sampler[int]):
+    """``start, start + 1, ...`` up to ``stop`` (or for ever), each taken modulo ``period``."""
+
+    def __init__(self, start: int = 0, stop: int | None = None, period: int | None = None) -> None:
+        self.start = start
+        self.stop = stop
+        self.period = period
+
+    def __iter__(self) -> Iterator[int]:
+        index = self.start
+        while self.stop is None or index < self.stop:
+            yield index if self.period is None else index % self.period
+            index += 1
+
+
+class BatchStream:
+    """``next(stream)`` gives the batches of an ``IndexSequence`` in order, made ahead by worker processes.
+
+    Workers start at the first ``next``, so that a stream that is never read costs nothing.
+
+    Args:
+        batches: the map from index to batch.
+        indices: which indices, in which order.
+        workers: processes; 0 makes the batches in this process. The batches are the same.
+        prefetch: batches that each worker makes ahead.
+        pin_memory: page-locked batches, for quick copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        batches: IndexedBatches,
+        indices: IndexSequence,
+        *,
+        workers: int = 0,
+        prefetch: int = PREFETCH,
+        pin_memory: bool = False,
+    ) -> None:
+        self.batches = batches
+        self.indices = indices
+        self.workers = workers
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+        self._iterator: Iterator[dict[str, Any]] | None = None
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch.
+
+        Raises:
+            RuntimeError: a worker failed (its traceback is in the message) or was killed.
+        """
+        if self._iterator is None:
+            self._iterator = iter(self._loader())
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            self.close()
+            if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
+                raise RuntimeError(
+                    f"a process that prepares {self.batches.stream} batches was killed, most often because the memory "
+                    f"ran out; set nnUNet_n_proc_DA below {self.workers} (0: no extra process) and continue with --c"
+                ) from error
+            raise
+
+    def _loader(self) -> DataLoader:
+        parallel: dict[str, Any] = {"prefetch_factor": self.prefetch} if self.workers else {}
+        return DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=self.indices,
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else the loader draws from the global generator
+            **parallel,
+        )
+
+    def close(self) -> None:
+        """Stop the workers."""
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)
+        self._iterator = None
+        if shutdown is not None:
+            shutdown()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def workers_for_shared_memory(wanted: int, *, batch_bytes: int, prefetch: int, folder: Path = _SHARED_MEMORY) -> int:
+    """How many workers fit, when batches travel through shared memory that may be tiny (64 MB in a container).
+
+    Args:
+        wanted: number of workers asked for.
+        batch_bytes: size of one batch.
+        prefetch: batches that each worker makes ahead.
+        folder: where the shared memory is mounted; no such folder means no such limit.
+
+    Returns:
+        ``wanted``, or as many as leave room for all batches in flight.
+    """
+    if os.name != "posix" or not folder.is_dir():
+        return wanted
+    room = int(shutil.disk_usage(folder).free * 0.8) // max(batch_bytes, 1) - 2
+    return max(0, min(wanted, room // max(prefetch, 1)))

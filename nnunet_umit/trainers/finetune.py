@@ -1,0 +1,288 @@
+"""``UMITTrainer``: supervised training of the segmentation network, from scratch or from a pre-trained encoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.intensity.contrast import BGContrast
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_umit.config import FinetuneConfig, get_umit_config
+from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
+from nnunet_umit.trainers.optimisation import frozen_parameters, set_trainable
+from nnunet_umit.trainers.pictures import Panel
+
+
+class UMITTrainer(UMITBaseTrainer):
+    """Dice and cross-entropy with deep supervision (nnU-Net's loss), AdamW with layer-wise learning rates.
+
+    Region-based labels and an ignore label work as in nnU-Net; cascades are refused.
+    """
+
+    section = "finetune"
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """The ``finetune`` section of the plan's umit block."""
+        return self.umit.finetune
+
+    # ----------------------------------------------------------------------------------------------- set-up
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network of the plan, with the drop path of its ``finetune`` section (which prediction switches off)."""
+        finetune = get_umit_config(configuration_manager).finetune
+        return get_network_from_plans(
+            configuration_manager.network_arch_class_name,
+            {**configuration_manager.network_arch_init_kwargs, "drop_path": finetune.drop_path},
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, Any]:
+        """nnU-Net's choice for its own augmentation; else no rotation, and so no larger patch to rotate in."""
+        config = self.config
+        if config.augmentation == "nnunet":
+            chosen = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+            rotation, dummy_2d, initial_patch_size, _ = chosen
+        else:
+            rotation, dummy_2d, initial_patch_size = None, False, self.configuration_manager.patch_size
+        axes = mirrored_axes(config, len(self.configuration_manager.patch_size))
+        self.inference_allowed_mirroring_axes = axes
+        return rotation, dummy_2d, initial_patch_size, axes
+
+    def training_transforms(self, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> BasicTransform:
+        """Augmentation ``nnunet``, ``light`` (flips, noise, brightness, gamma) or ``none``."""
+        use_mask = self.configuration_manager.use_mask_for_norm
+        if self.config.augmentation == "nnunet":
+            transforms = self.get_training_transforms(
+                self.configuration_manager.patch_size,
+                rotation,
+                scales,
+                mirror_axes,
+                dummy_2d,
+                use_mask_for_norm=use_mask,
+                is_cascaded=False,
+                foreground_labels=self.label_manager.foreground_labels,
+                regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+                ignore_label=self.label_manager.ignore_label,
+            )
+            return without_timing(transforms)
+        light: list[BasicTransform] = []
+        if self.config.augmentation == "light":
+            light = light_augmentation(mirror_axes, use_mask)
+        return ComposeTransforms([*light, *self.validation_transforms(scales).transforms])
+
+    def validation_transforms(self, scales: Any) -> ComposeTransforms:
+        """nnU-Net's: no augmentation, targets at every resolution."""
+        return self.get_validation_transforms(
+            scales,
+            is_cascaded=False,
+            foreground_labels=self.label_manager.foreground_labels,
+            regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            ignore_label=self.label_manager.ignore_label,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """As for every UMIT trainer; what is frozen at first is frozen before DDP wraps the network."""
+        optimiser_and_schedule = super().configure_optimizers()
+        self._freeze(epoch=0)
+        return optimiser_and_schedule
+
+    def _freeze(self, epoch: int) -> int:
+        frozen = epoch < self.config.freeze_epochs
+        return set_trainable(frozen_parameters(self.unwrapped(), self.config.freeze), not frozen)
+
+    # ----------------------------------------------------------------------------------------------- epochs
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze or release what ``finetune.freeze`` names."""
+        changed = self._freeze(self.current_epoch)
+        if changed:
+            self.print_to_log_file(
+                f"{self.config.freeze}: {changed} tensors are "
+                f"{'frozen' if self.current_epoch < self.config.freeze_epochs else 'trained from now on'}"
+            )
+            if isinstance(self.network, DistributedDataParallel):  # it remembers which gradients to expect
+                self.network = DistributedDataParallel(self.network.module, device_ids=[self.local_rank])
+        super().on_train_epoch_start()
+
+    def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """nnU-Net's loss."""
+        output = self.network(self.to_device(batch["data"]))
+        return self.loss(output, self.to_device(batch["target"]))
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Loss, and true and false positives and false negatives of every class (nnU-Net's pseudo Dice).
+
+        nnU-Net's own step always uses float16, which a network trained in bfloat16 may overflow.
+        """
+        target = self.to_device(batch["target"])
+        with self.autocast():
+            output = self.network(self.to_device(batch["data"]))
+            loss = float(self.loss(output, target))
+        if self.enable_deep_supervision:
+            output, target = output[0], target[0]
+        counts = confusion(output, target, self.label_manager)
+        self.end_validation_step(batch, loss)
+        return {"loss": loss, **counts}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """nnU-Net's pseudo Dice, safe where no class occurs: a class without a voxel is NaN and counts in no mean."""
+        self.progress.stop()
+        outputs = self.gather(val_outputs)
+        tp, fp, fn = (
+            np.sum([np.asarray(output[name], float) for output in outputs], 0)
+            for name in ("tp_hard", "fp_hard", "fn_hard")
+        )
+        total = 2 * tp + fp + fn
+        dice = np.divide(2 * tp, total, out=np.full_like(total, np.nan), where=total > 0)
+        scores = [float(score) for score in dice]
+        mean = finite_mean(scores)
+        if not math.isfinite(mean):  # one NaN would stay in the moving average for ever
+            previous = self.logger.get_value("ema_fg_dice", step=None)
+            mean = float(previous[-1]) if previous else 0.0
+        self.logger.log("mean_fg_dice", mean, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", scores, self.current_epoch)
+        self.logger.log("val_losses", finite_mean([output["loss"] for output in outputs]), self.current_epoch)
+
+    def describe_epoch(self) -> list[str]:
+        """Losses and pseudo Dice, as nnU-Net logs them."""
+        dice = [round(score, 4) for score in self.logger.get_value("dice_per_class_or_region", step=-1)]
+        return [
+            f"train_loss {self.logged('train_losses')[-1]:.4f}",
+            f"val_loss {self.logged('val_losses')[-1]:.4f}",
+            f"Pseudo dice {dice}",
+        ]
+
+    def panels(self) -> list[Panel]:
+        """Loss, pseudo Dice, learning rate, time."""
+        losses = {"training": self.logged("train_losses"), "validation": self.logged("val_losses")}
+        dice = {"mean": self.logged("mean_fg_dice"), "moving average": self.logged("ema_fg_dice")}
+        return [Panel("loss", losses), Panel("pseudo Dice", dice), *self.time_and_rate_panels()]
+
+    # -------------------------------------------------------------------------------------------- transfer
+
+    def on_train_start(self) -> None:
+        """Say what ``-pretrained_weights`` brought, then begin."""
+        if not self.was_initialized:
+            self.initialize()
+        report = getattr(self.unwrapped(), "transfer_report", None)
+        if report is not None:
+            self.print_to_log_file(f"pre-trained weights: {report}")
+        elif not self.continued:
+            self.print_to_log_file("no pre-trained weights: training from scratch")
+        super().on_train_start()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As for every UMIT trainer; what is frozen follows from the epoch."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self._freeze(self.current_epoch)
+
+
+def confusion(logits: torch.Tensor, target: torch.Tensor, labels: Any) -> dict[str, np.ndarray]:
+    """True positives, false positives and false negatives of every foreground class or region, over the batch.
+
+    Args:
+        logits: (B, K, *size).
+        target: (B, 1, *size) labels, or (B, regions, *size) with the ignore mask as last channel if there is one.
+        labels: nnU-Net's label manager.
+
+    Returns:
+        ``tp_hard``, ``fp_hard``, ``fn_hard``, each (classes without background,) or (regions,).
+    """
+    counted: torch.Tensor | None = None
+    if labels.has_regions:
+        predicted = torch.sigmoid(logits.float()) > 0.5
+        if labels.has_ignore_label:
+            counted, target = ~target[:, -1:].bool(), target[:, :-1]
+        true = target.bool()
+    else:
+        classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.dim() - 2))
+        predicted = logits.argmax(1, keepdim=True) == classes
+        true = target == classes
+        if labels.has_ignore_label:
+            counted = target != labels.ignore_label
+    if counted is not None:
+        predicted, true = predicted & counted, true & counted
+    axes = [0, *range(2, logits.dim())]
+    pairs = {"tp_hard": predicted & true, "fp_hard": predicted & ~true, "fn_hard": ~predicted & true}
+    return {name: hits.sum(axes).cpu().numpy().astype(np.float64) for name, hits in pairs.items()}
+
+
+def mirrored_axes(config: FinetuneConfig, dimensions: int) -> tuple[int, ...] | None:
+    """Axes that training mirrors, and prediction may mirror too; None for none (nnU-Net fails on an empty tuple).
+
+    Raises:
+        ValueError: an axis that the patch does not have.
+    """
+    if config.mirror_axes is None:
+        return None if config.augmentation == "none" else tuple(range(dimensions))
+    if any(axis >= dimensions for axis in config.mirror_axes):
+        raise ValueError(
+            f"umit.finetune.mirror_axes is {list(config.mirror_axes)} but the patch has axes 0 to {dimensions - 1}"
+        )
+    return config.mirror_axes or None
+
+
+def light_augmentation(mirror_axes: tuple[int, ...] | None, use_mask: list[bool] | None) -> list[BasicTransform]:
+    """nnU-Net's noise, brightness and gamma with its probabilities, and mirroring; nothing that resamples."""
+    transforms: list[BasicTransform] = [
+        RandomTransform(
+            GaussianNoiseTransform(noise_variance=(0, 0.1), p_per_channel=1, synchronize_channels=True), 0.1
+        ),
+        RandomTransform(
+            MultiplicativeBrightnessTransform(BGContrast((0.75, 1.25)), synchronize_channels=False, p_per_channel=1),
+            0.15,
+        ),
+        RandomTransform(
+            GammaTransform(
+                BGContrast((0.7, 1.5)), p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=1
+            ),
+            0.3,
+        ),
+    ]
+    if mirror_axes:
+        transforms.append(MirrorTransform(mirror_axes))
+    if use_mask is not None and any(use_mask):
+        masked = [channel for channel, used in enumerate(use_mask) if used]
+        transforms.append(MaskImageTransform(apply_to_channels=masked, channel_idx_in_seg=0, set_outside_to=0))
+    return transforms
+
+
+def without_timing(transform: BasicTransform) -> BasicTransform:
+    """Switch off the stop-watch in nnU-Net's blur, which picks one of two algorithms by their speed at this moment.
+
+    The two differ in the last bits, so the same seed would give different batches.
+    """
+    if isinstance(transform, GaussianBlurTransform):
+        transform.benchmark = False
+    for inner in getattr(transform, "transforms", []):
+        without_timing(inner)
+    if isinstance(getattr(transform, "transform", None), BasicTransform):
+        without_timing(transform.transform)
+    return transform

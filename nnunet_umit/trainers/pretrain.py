@@ -1,0 +1,330 @@
+"""``UMITPretrainTrainer``: masked-autoencoder pre-training on nnU-Net's preprocessed images. No label is ever read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgeneratorsv2.transforms.intensity.brightness import (
+    BrightnessAdditiveTransform,
+    MultiplicativeBrightnessTransform,
+)
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed, nn
+
+from nnunet_umit.architectures.mae import MaskedAutoencoder
+from nnunet_umit.architectures.transfer import save_encoder
+from nnunet_umit.config import PretrainConfig, get_umit_config
+from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
+from nnunet_umit.trainers.batches import derive_seed
+from nnunet_umit.trainers.pictures import Panel, Reconstruction, draw_reconstructions
+from nnunet_umit.trainers.resume import versions
+from nnunet_umit.trainers.unlabelled import NoLabels, unlabelled
+
+CROPS_PER_CASE = 4  # random crops that the final masked loss of a case is the mean of
+PICTURED_CASES = 2
+SCALE, SHIFT = (0.9, 1.1), 0.1  # light intensity augmentation, in units of the normalised image
+
+
+class UMITPretrainTrainer(UMITBaseTrainer):
+    """Masked autoencoder (SelfMedMAE, arXiv 2203.05573) under nnU-Net's commands.
+
+    Fold ``all`` learns from every case, an integer fold from its training cases only. Crops have the plan's patch size:
+    without rotation there is no reason to load more. Validation uses the same crops and masks in every epoch.
+    """
+
+    section = "pretrain"
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which must be kept
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.oversample_foreground_percent:
+            raise ValueError(
+                f"umit.pretrain.oversample_foreground is {self.oversample_foreground_percent}, but pre-training reads "
+                "no label and cannot know where the foreground is; set it to 0 in the plans"
+            )
+        self.enable_deep_supervision = False
+        self.history = {"variance_explained": []}
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The ``pretrain`` section of the plan's umit block."""
+        return self.umit.pretrain
+
+    # ----------------------------------------------------------------------------------------------- set-up
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """The encoder of the plan's segmentation network, with the narrow decoder of the ``pretrain`` section."""
+        return MaskedAutoencoder.from_arch_kwargs(
+            num_input_channels,
+            configuration_manager.network_arch_init_kwargs,
+            get_umit_config(configuration_manager).pretrain,
+        )
+
+    def autoencoder(self) -> MaskedAutoencoder:
+        """The network without wrappers."""
+        return cast(MaskedAutoencoder, self.unwrapped())
+
+    def initialize(self) -> None:
+        """As for every UMIT trainer, with the dataset class that opens no label."""
+        super().initialize()
+        self.dataset_class = unlabelled(self.dataset_class)
+
+    def _do_i_compile(self) -> bool:
+        """Only on request (``nnUNet_compile=t``): compiling takes longer than it saves in short pre-trainings."""
+        wanted = os.environ.get("nnUNet_compile", "f").lower() in ("true", "1", "t")
+        return wanted and super()._do_i_compile()
+
+    def _build_loss(self) -> nn.Module:
+        """The network computes its own loss."""
+        return nn.Identity()
+
+    def _get_deep_supervision_scales(self) -> None:
+        return None
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch."""
+
+    def loader_labels(self) -> NoLabels:
+        """No label is known, so that none can steer where patches are cut."""
+        return NoLabels()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[None, bool, Any, tuple[int, ...]]:
+        """No rotation, and so no larger patch to rotate in; all axes are mirrored."""
+        patch_size = self.configuration_manager.patch_size
+        self.inference_allowed_mirroring_axes = tuple(range(len(patch_size)))
+        return None, False, patch_size, self.inference_allowed_mirroring_axes
+
+    def training_transforms(self, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> ComposeTransforms:
+        """Mirroring of every axis (p 0.5), and a small change of scale and offset per channel."""
+        return ComposeTransforms(
+            [
+                MultiplicativeBrightnessTransform(SCALE, synchronize_channels=False),
+                BrightnessAdditiveTransform(0.0, SHIFT, synchronize_channels=False),
+                MirrorTransform(mirror_axes),
+            ]
+        )
+
+    def validation_transforms(self, scales: Any) -> None:
+        """None."""
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def _generator(self, stream: str, *indices: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed_for(stream, *indices))
+
+    def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Masked loss; the masks depend on the seed and the number of the step only."""
+        return self.network(self.to_device(batch["data"]), self._generator("mask", self.iteration())).loss
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Masked loss and target power under masks that are the same in every epoch."""
+        generator = self._generator("validation mask", batch["index"])
+        with self.autocast():
+            output = self.network(self.to_device(batch["data"]), generator)
+        result = {"loss": float(output.loss), "power": float(output.target_power)}
+        self.end_validation_step(batch, result["loss"])
+        return result
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, float]]) -> None:
+        """Log masked loss and variance explained; nnU-Net's score keys carry the latter."""
+        self.progress.stop()
+        outputs = self.gather(val_outputs)
+        loss, explained = summarise(outputs)
+        self.logger.log("val_losses", loss, self.current_epoch)
+        score = explained if math.isfinite(explained) else 0.0  # one NaN would stay in the moving average for ever
+        self.logger.log("mean_fg_dice", score, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", [score], self.current_epoch)
+        self.history["variance_explained"].append(explained)
+
+    def describe_epoch(self) -> list[str]:
+        """Masked loss and variance explained."""
+        return [
+            f"masked loss, training: {self.logged('train_losses')[-1]:.4f}",
+            f"masked loss, validation: {self.logged('val_losses')[-1]:.4f}",
+            f"variance explained, validation: {100 * self.history['variance_explained'][-1]:.1f} %",
+        ]
+
+    def panels(self) -> list[Panel]:
+        """Masked loss, variance explained, learning rate, time."""
+        losses = {"training": self.logged("train_losses"), "validation": self.logged("val_losses")}
+        explained = [100 * value for value in self.history["variance_explained"]]
+        return [
+            Panel("masked loss (1: nothing learned)", losses, level=1.0),
+            Panel("variance explained [%]", {"validation": explained}, level=0.0),
+            *self.time_and_rate_panels(),
+        ]
+
+    def draw(self) -> None:
+        """``progress.png`` after every epoch, ``reconstructions.png`` every few."""
+        super().draw()
+        if (self.current_epoch + 1) % self.config.picture_every == 0 or self.current_epoch + 1 == self.num_epochs:
+            self.draw_reconstructions()
+
+    # ------------------------------------------------------------------------------------------- at the end
+
+    @torch.no_grad()
+    def draw_reconstructions(self) -> None:
+        """``reconstructions.png``: the centres of a few validation cases, always under the same masks."""
+        _, dataset = self.get_tr_and_val_datasets()
+        samples = []
+        self.network.eval()
+        for index, case in enumerate(dataset.identifiers[:PICTURED_CASES]):
+            image = self._crop(dataset, case, None)
+            with self.autocast():
+                masked, filled, _ = self.autoencoder().reconstruct(
+                    self.to_device(image), self._generator("picture", index)
+                )
+            arrays = (tensor[0, 0].float().cpu().numpy() for tensor in (image, masked, filled))
+            samples.append(Reconstruction(case, *arrays))
+        title = f"{self.plans_manager.dataset_name}, {self.configuration_name}"
+        explained = self.history["variance_explained"]
+        if explained:
+            title += (
+                f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
+                f"{100 * explained[-1]:.0f} % of the variance explained"
+            )
+        draw_reconstructions(
+            samples, self.configuration_manager.spacing, Path(self.output_folder) / "reconstructions.png", title
+        )
+
+    def _crop(self, dataset: Any, case: str, random: np.random.RandomState | None) -> torch.Tensor:
+        """A patch (1, C, *patch) from the centre of a case, or from a random place within it."""
+        data, _, _, _ = dataset.load_case(case)
+        patch = list(self.configuration_manager.patch_size)
+        flat = len(patch) == 2
+        patch = [1, *patch] if flat else patch
+        box = []
+        for size, wanted in zip(data.shape[1:], patch, strict=True):
+            slack = size - wanted
+            first = slack // 2 if random is None or slack <= 0 else int(random.randint(0, slack + 1))
+            box.append([first, first + wanted])
+        image = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(data, box, 0), dtype=np.float32))[None]
+        return image[:, :, 0] if flat else image
+
+    @torch.no_grad()
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Masked loss of every validation case, ``validation/summary.json``, the picture and the encoder's files."""
+        if not self.was_initialized:
+            self.initialize()
+        self.network.eval()
+        _, dataset = self.get_tr_and_val_datasets()
+        ranks = distributed.get_world_size() if self.is_ddp else 1
+        rows = []
+        for case in dataset.identifiers[self.local_rank :: ranks]:
+            rows.append({"case": case, **self._score(dataset, case)})
+        rows = sorted(self.gather(rows), key=lambda row: row["case"])
+        if self.local_rank == 0:
+            self._finish(rows)
+        if self.is_ddp:
+            distributed.barrier()
+
+    def _score(self, dataset: Any, case: str) -> dict[str, float]:
+        """Masked loss and variance explained of one case, from crops and masks that its name determines."""
+        seed = derive_seed(self.config.seed, f"case {case}")
+        random = np.random.RandomState(seed % 2**32)
+        images = torch.cat([self._crop(dataset, case, random) for _ in range(CROPS_PER_CASE)])
+        outputs = []
+        for first in range(0, CROPS_PER_CASE, self.batch_size):
+            with self.autocast():
+                output = self.autoencoder()(
+                    self.to_device(images[first : first + self.batch_size]),
+                    torch.Generator().manual_seed(derive_seed(seed, "mask", first)),
+                )
+            outputs.append({"loss": float(output.loss), "power": float(output.target_power)})
+        loss, explained = summarise(outputs)
+        return {"masked_loss": loss, "variance_explained": explained}
+
+    def _finish(self, rows: list[dict[str, Any]]) -> None:
+        mean = {name: finite_mean([row[name] for row in rows]) for name in ("masked_loss", "variance_explained")}
+        folder = Path(self.output_folder)
+        (folder / "validation").mkdir(exist_ok=True)
+        summary = {
+            "method": "masked autoencoder",
+            "mask_ratio": self.config.mask_ratio,
+            "crops_per_case": CROPS_PER_CASE,
+            "seed": self.config.seed,
+            "mean": mean,
+            "metric_per_case": rows,
+        }
+        write_json(folder / "validation" / "summary.json", summary)
+        self.draw_reconstructions()
+        if self.disable_checkpointing:
+            self.print_to_log_file("No encoder.safetensors written, checkpointing is disabled")
+        else:
+            save_encoder(self.autoencoder().encoder, folder, self._card(mean, len(rows)))
+        self.print_to_log_file("Validation complete", also_print_to_console=True)
+        self.print_to_log_file(
+            f"Mean masked loss: {mean['masked_loss']:.4f}, variance explained: {100 * mean['variance_explained']:.1f} %"
+        )
+
+    def _card(self, mean: dict[str, float], validated: int) -> dict[str, Any]:
+        """What a stranger must know about the encoder's weights."""
+        manager = self.configuration_manager
+        training, _ = self.do_split()
+        licence = self.dataset_json.get("licence", self.dataset_json.get("license"))
+        return {
+            "method": "masked autoencoder (arXiv 2203.05573) on a spacing-adaptive transformer (arXiv 2312.07630)",
+            "data": {
+                "dataset": self.plans_manager.dataset_name,
+                "configuration": self.configuration_name,
+                "fold": self.fold,
+                "training_cases": len(training),
+                "channels": self.dataset_json.get("channel_names", self.dataset_json.get("modality")),
+            },
+            "licence": licence if licence else "unknown: dataset.json names none",
+            "spacing": list(manager.spacing),
+            "patch_size": list(manager.patch_size),
+            "normalisation": list(manager.normalization_schemes),
+            "intensity_properties": self.plans_manager.foreground_intensity_properties_per_channel,
+            "input_channels": self.num_input_channels,
+            "architecture": dict(manager.network_arch_init_kwargs),
+            "pretrain": self.umit.to_dict()["pretrain"],
+            "epochs_done": self.current_epoch,
+            "metrics": {**mean, "validation_cases": validated},
+            "versions": versions(),
+        }
+
+
+def summarise(outputs: list[dict[str, float]]) -> tuple[float, float]:
+    """Mean masked loss, and the share of the targets' variance that is explained.
+
+    Targets have variance 1 except where patches are constant, so the share is 1 - loss there and slightly less with
+    constant patches, whose target is zero and whose prediction is free.
+
+    Args:
+        outputs: ``loss`` and ``power`` (the loss of predicting zero) of several batches.
+    """
+    finite = [output for output in outputs if math.isfinite(output["loss"])]
+    loss, power = (finite_mean([output[name] for output in finite]) for name in ("loss", "power"))
+    if not finite or power <= 0:  # nothing but constant patches: nothing to explain
+        return loss, math.nan if not finite else 0.0
+    return loss, 1.0 - loss / power
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Readable JSON; the file is replaced in one step."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

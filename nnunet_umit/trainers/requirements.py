@@ -1,0 +1,52 @@
+"""What must be there before a training can start, and which command makes it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_umit.config import UMITConfig, get_umit_config
+
+
+def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
+    """The umit block of a configuration.
+
+    Raises:
+        ValueError: plans of another planner, or a configuration that does not exist.
+        NotImplementedError: a cascade.
+    """
+    names = list(plans["configurations"])
+    if configuration not in names:
+        raise ValueError(
+            f"the plans {plans.get('plans_name')} have no configuration {configuration!r}; they have {', '.join(names)}"
+        )
+    manager = PlansManager(plans).get_configuration(configuration)
+    umit = get_umit_config(manager)
+    if manager.previous_stage_name is not None:
+        raise NotImplementedError(
+            f"configuration {configuration!r} is the second stage of a cascade, which UMIT trainers do not support: "
+            "its extra input channels would not fit a pre-trained encoder; use 3d_fullres or 2d of -pl UMITPlanner"
+        )
+    return umit
+
+
+def require_folders() -> None:
+    """Raises RuntimeError if one of nnU-Net's environment variables is missing."""
+    for name, folder in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
+        known = folder.is_set() if hasattr(folder, "is_set") else folder is not None  # nnU-Net 2.7: a plain string
+        if not known and not os.environ.get(name):
+            raise RuntimeError(f"the environment variable {name} is not set; set it to a folder: export {name}=/path")
+
+
+def require_cases(trainer: Any) -> None:
+    """Raises FileNotFoundError with the command to run if a trainer's preprocessed cases are missing."""
+    folder = Path(trainer.preprocessed_dataset_folder)
+    if not folder.is_dir() or not any(file.suffix in (".b2nd", ".npz") for file in folder.iterdir()):
+        raise FileNotFoundError(
+            f"no preprocessed cases in {folder}; run: nnUNetv2_preprocess -d {trainer.plans_manager.dataset_name} "
+            f"-plans_name {trainer.plans_manager.plans_name} -c {trainer.configuration_name}"
+        )

@@ -1,0 +1,352 @@
+"""The benchmarks' own arithmetic, bookkeeping and smallest runs. No data, no sub-process, seconds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import budgeted_training, common, finetune_step, hippocampus_equal_time, mae_step, transfer_matrix
+from benchmarks.common import Results, Sample
+from nnunet_umit.spacing import token_grid
+
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+# ------------------------------------------------------------------------------------------------------ timing
+def test_every_repeat_runs_every_arm_once_and_the_first_arm_rotates():
+    calls: list[str] = []
+    arms = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = common.interleaved(arms, repeats=3, warmup=1)
+    assert calls[:3] == ["a", "b", "c"]
+    assert calls[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize(("arms", "repeats"), [({}, 3), ({"a": list}, 0)])
+def test_timing_nothing_is_refused(arms, repeats):
+    with pytest.raises(ValueError, match="at least one arm and one repeat"):
+        common.interleaved(arms, repeats)
+
+
+def test_cpu_seconds_count_work_and_not_sleep():
+    asleep = common.timed(lambda: time.sleep(0.05))
+    assert asleep.wall >= 0.05 > asleep.cpu
+    busy = common.timed(lambda: sum(range(2_000_000)))
+    assert busy.cpu > 0
+
+
+def test_spread_and_paired_ratio():
+    assert common.spread([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "min": 2.0, "max": 2.0}
+    assert common.spread([1.0, 2.0, 3.0, 4.0, 5.0])["q3"] == 4.0
+    slow = [Sample(wall=2.0, cpu=4.0), Sample(wall=20.0, cpu=40.0)]
+    fast = [Sample(wall=1.0, cpu=1.0), Sample(wall=10.0, cpu=10.0)]
+    assert common.paired_ratio(fast, slow)["cpu"]["median"] == 0.25, "the noisy repeat cancels within its pair"
+    with pytest.raises(ValueError, match="not paired: 2 samples against 1"):
+        common.paired_ratio(fast, slow[:1])
+
+
+def test_provenance_names_versions_but_no_host_and_no_path():
+    text = json.dumps(common.provenance())
+    assert torch.__version__.split("+")[0] in text
+    assert str(common.REPOSITORY) not in text
+    assert set(common.machine()) == {"cpu", "cores_available", "memory_gib", "system", "load_average_1min"}
+
+
+# ----------------------------------------------------------------------------------------------------- results
+def test_results_are_continued_and_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    results = Results("name", "claim", tmp_path)
+    results.put("one", {"value": 1})
+    with pytest.raises(TypeError):
+        results.put("two", {"value": object()})
+    again = Results("name", "claim", tmp_path)
+    assert again.runs == {"one": {"value": 1}}
+    again.put("three", {"value": 3})
+    assert json.loads((tmp_path / "name.json").read_text())["runs"].keys() == {"one", "three"}
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "name.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a benchmark result"):
+        Results("name", "claim", tmp_path)
+
+
+def test_table_is_aligned():
+    lines = common.table(["a", "long head"], [[0.123456, None], ["text", 3]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "0.1235" in lines[2] and "| -" in lines[2]
+
+
+def test_data_are_found_or_the_error_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "REPOSITORY", tmp_path / "a" / "b")
+    monkeypatch.setenv("UMIT_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="Set UMIT_DATA"):
+        common.data_root()
+    (tmp_path / common.DATASET).mkdir()
+    (tmp_path / common.DATASET / "dataset.json").write_text("{}")
+    assert common.data_root() == tmp_path.resolve()
+
+
+# -------------------------------------------------------------------------------------------------- equal time
+@pytest.mark.parametrize(
+    ("remaining_s", "epochs", "step_s", "overhead_s", "expected"),
+    [(100.0, 10, 1.0, 0.0, 10), (100.0, 10, 1.0, 2.0, 8), (1.0, 10, 5.0, 0.0, 1), (-3.0, 1, 1.0, 0.0, 1)],
+)
+def test_iterations_that_fit(remaining_s, epochs, step_s, overhead_s, expected):
+    assert budgeted_training.iterations_that_fit(remaining_s, epochs, step_s, overhead_s) == expected
+
+
+def test_epochs_keep_ten_iterations_and_stay_within_bounds():
+    assert [hippocampus_equal_time.epochs_for(n) for n in (3, 30, 170, 5000)] == [2, 4, 17, 40]
+
+
+class FakeClock:
+    """Stands in for ``time`` in budgeted_training: seconds pass only where the fake trainer says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class FakeSchedule:
+    total = 50
+
+    def __init__(self) -> None:
+        self.positions: list[float] = []
+
+    def factor(self, position: float) -> float:
+        self.positions.append(position)
+        return 1 - position / self.total
+
+    def step(self, iteration: int) -> float:
+        raise AssertionError("the benchmark must have replaced this")
+
+
+class FakeLogger:
+    def plot_progress_png(self, folder: str) -> None:
+        self.drawn_in = folder
+
+
+class FakeTrainer:
+    """nnU-Net's loop around steps of 1 s that become 3 s in the middle (a noisy neighbour), and epoch ends of 0.5 s."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.current_epoch, self.num_epochs, self.num_iterations_per_epoch = 0, 10, 1
+        self.logger, self.output_folder, self.disable_checkpointing = FakeLogger(), "folder", False
+        self.lr_scheduler, self.step_in_epoch = FakeSchedule(), 0
+        self.optimizer = argparse.Namespace(param_groups=[{"lr": 1.0, "base_lr": 1.0}])
+
+    def initialize(self) -> None: ...
+
+    def on_train_start(self) -> None: ...
+
+    def on_epoch_start(self) -> None: ...
+
+    def on_train_epoch_start(self) -> None:
+        self.step_in_epoch = 0
+
+    def on_train_epoch_end(self, outputs: list[Any]) -> None: ...
+
+    def on_epoch_end(self) -> None:
+        assert self.disable_checkpointing, "no checkpoint inside the clock"
+        self.clock.now += 0.5
+        self.current_epoch += 1
+
+    def on_train_end(self) -> None:
+        assert not self.disable_checkpointing, "the last checkpoint is written"
+
+    def run(self) -> None:
+        self.initialize()
+        self.on_train_start()
+        for _ in range(self.num_epochs):
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            outputs = []
+            for _ in range(self.num_iterations_per_epoch):
+                self.lr_scheduler.step(self.iteration())
+                self.clock.now += 3.0 if 4 <= self.current_epoch < 7 else 1.0
+                self.step_in_epoch += 1
+                outputs.append({})
+            self.on_train_epoch_end(outputs)
+            self.on_epoch_end()
+        self.on_train_end()
+
+
+def test_training_ends_with_the_budget_and_so_does_the_schedule(monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr(budgeted_training, "time", clock)
+    trainer_class = budgeted_training.budgeted(FakeTrainer, budget_s=200.0, step_s=1.0, overhead_s=0.0)
+    assert trainer_class.__name__ == "FakeTrainer", "nnU-Net's folders and checkpoints carry the class name"
+    trainer: Any = trainer_class(clock)
+    schedule = trainer.lr_scheduler
+    trainer.run()
+    assert trainer.report["wall_s"] == pytest.approx(200.0, rel=0.03)
+    iterations = [epoch["iterations"] for epoch in trainer.report["epochs"]]
+    assert len(iterations) == 10 and iterations[5] < iterations[0] / 2
+    assert schedule.positions == sorted(schedule.positions)
+    assert schedule.positions[0] < 0.3 and schedule.total - schedule.positions[-1] < 0.3
+    assert trainer.logger.drawn_in == "folder"
+
+
+def test_plans_are_copied_under_another_name_and_edited(tmp_path):
+    umit = {"finetune": {"epochs": 500, "learning_rate": 1e-3}, "pretrain": {}}
+    plans = {"plans_name": "UMITPlans", "configurations": {"3d_fullres": {"batch_size": 4, "umit": umit}}}
+    (tmp_path / "UMITPlans.json").write_text(json.dumps(plans))
+    hippocampus_equal_time.edit_plans(tmp_path, "UMITPlans", "Other", batch_size=2, umit={"finetune.epochs": 7})
+    written = json.loads((tmp_path / "Other.json").read_text())
+    assert written["plans_name"] == "Other"
+    assert written["configurations"]["3d_fullres"]["batch_size"] == 2
+    assert written["configurations"]["3d_fullres"]["umit"]["finetune"] == {"epochs": 7, "learning_rate": 1e-3}
+    assert json.loads((tmp_path / "UMITPlans.json").read_text()) == plans
+    with pytest.raises(ValueError, match="'finetun.epochs' is not a key below the umit block of UMITPlans"):
+        hippocampus_equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"finetun.epochs": 7})
+
+
+def test_settings_of_the_command_line():
+    assert hippocampus_equal_time.setting("finetune.epochs=7") == ("finetune.epochs", 7)
+    assert hippocampus_equal_time.setting("finetune.schedule=poly") == ("finetune.schedule", "poly")
+    with pytest.raises(argparse.ArgumentTypeError, match="is not KEY=VALUE"):
+        hippocampus_equal_time.setting("finetune.epochs")
+
+
+def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hippocampus_equal_time, "Bench", lambda options: pytest.fail("nothing is left to run"))
+    stage = {"iterations": 5, "batch_size": 4}
+    dice = {"mean": 0.5, "per_class": {"1": 0.4, "2": 0.6}, "cases": 42}
+    results = Results("hippocampus_equal_time", "claim", tmp_path)
+    for arm in hippocampus_equal_time.ARMS:
+        stages = [stage, stage] if arm == "umit_shared" else [stage]
+        run = {"arm": arm, "stages": stages, "train_wall_s": 1200.0, "train_cpu_s": 2400.0, "dice": dice}
+        results.put(f"full/fold0/20min/seed1/{arm}", run)
+    hippocampus_equal_time.main(["--full", "--results", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "0.4000 / 0.6000" in printed and "5 + 5" in printed and "One seed" in printed
+
+
+def test_tuning_runs_need_a_tag(capsys):
+    with pytest.raises(SystemExit):
+        hippocampus_equal_time.main(["--quick", "--set", "finetune.learning_rate=1"])
+    assert "--tag" in capsys.readouterr().err
+
+
+def test_dice_is_read_from_a_summary(tmp_path):
+    summary = {
+        "foreground_mean": {"Dice": 0.5},
+        "mean": {"1": {"Dice": 0.4}, "2": {"Dice": 0.6}},
+        "metric_per_case": [{}],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    dice = budgeted_training.read_dice(tmp_path / "summary.json")
+    assert dice == {"mean": 0.5, "per_class": {"1": 0.4, "2": 0.6}, "cases": 1}
+
+
+# ------------------------------------------------------------------------------------------------------- steps
+def test_the_three_networks_are_the_stock_ones():
+    plan = finetune_step.NNUNET_PLAN
+    parameters = sum(parameter.numel() for parameter in finetune_step.build(plan).parameters())
+    assert parameters == 5_603_177, "PlainConvUNet of nnU-Net's default plan for 206 hippocampi"
+    primus = finetune_step.build_primus_s(plan["patch_size"])
+    assert sum(parameter.numel() for parameter in primus.parameters()) == 23_285_955
+
+
+def test_the_umit_plan_of_the_benchmark_is_a_valid_plan():
+    network: Any = finetune_step.build(finetune_step.UMIT_PLAN)
+    assert network.decoder.deep_supervision
+    assert finetune_step.UMIT_PLAN["patch_size"] == finetune_step.NNUNET_PLAN["patch_size"]
+
+
+def test_a_fine_tuning_step_trains_all_parameters():
+    kwargs = finetune_step.UMIT_PLAN["architecture"]["arch_kwargs"] | TINY
+    plan = {"architecture": finetune_step.UMIT_PLAN["architecture"] | {"arch_kwargs": kwargs}}
+    torch.manual_seed(0)
+    network = finetune_step.build(plan)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    finetune_step.make_step("UMIT", network, 2, [16, 16, 16], {"weight_decay": 0.05})()
+    same = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
+    assert [name for name in same if "head2" not in name] == [], "the coarsest head has weight 0 in nnU-Net's loss"
+
+
+def test_optimisers_are_those_of_the_trainers():
+    network = nn.Linear(2, 2)
+    stock, clip = finetune_step.optimiser("PlainConvUNet", network, {})
+    assert isinstance(stock, torch.optim.SGD) and clip == 12.0
+    primus, clip = finetune_step.optimiser("Primus-S", network, {})
+    assert isinstance(primus, torch.optim.AdamW) and clip == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- MAE
+def test_the_target_for_monai_is_ours():
+    image = torch.randn(2, 1, 16, 24, 16)
+    grid = token_grid((16, 24, 16), (1.0, 1.0, 1.0), mae_step.TOKEN, "relative")
+    assert torch.equal(mae_step.patchify(image), grid.patchify(image))
+
+
+def test_the_loss_for_monai_counts_hidden_tokens_only():
+    image = torch.randn(1, 1, 16, 16, 16)
+    mask = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 0]])
+    prediction = torch.zeros(1, 8, 512)
+    assert mae_step.monai_loss((prediction, mask), image).item() == pytest.approx(1.0, abs=1e-3)
+    prediction[:, 1] = 1e6
+    assert mae_step.monai_loss((prediction, mask), image).item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_an_mae_step_of_ours_changes_the_encoder(stem):
+    torch.manual_seed(0)
+    decoder = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 2}
+    network: Any = mae_step.build_ours(stem, TINY, decoder)
+    weight = network.encoder.transformer.blocks[0].attn.qkv.weight
+    before = weight.detach().clone()
+    image = torch.randn(2, 1, 16, 16, 16)
+    mae_step.make_step(network, lambda: network(image).loss)()
+    assert not torch.equal(weight, before)
+
+
+def test_sizes_compared_are_those_of_the_claim():
+    for tokens, size in mae_step.IMAGES.items():
+        assert token_grid(size, (1.0, 1.0, 1.0), mae_step.TOKEN, "relative").tokens == tokens
+
+
+def test_missing_monai_says_how_to_install_it(tmp_path):
+    if importlib.util.find_spec("monai") is not None:
+        pytest.skip("MONAI is installed in this environment")
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps --target"):
+        mae_step.import_monai(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------- transfer
+def test_quick_transfer_matrix_is_complete_and_refusals_are_cells(tmp_path, capsys):
+    transfer_matrix.main(["--quick", "--results", str(tmp_path)])
+    assert "met)" in capsys.readouterr().out
+    cells = Results("transfer_matrix", "claim", tmp_path).get("quick")["cells"]
+    assert len(cells) == 4 and all(len(row) == 4 for row in cells.values())
+    assert min(cell["fraction"] for row in cells.values() for cell in row.values()) >= 0.99
+
+    checkpoints, networks = transfer_matrix.quick_networks(tmp_path / "encoders")
+    wide: Any = transfer_matrix.functools.partial(networks["isotropic"].func, 1, 3, **networks["isotropic"].keywords)
+    wide.keywords["embed_dim"] = 96
+    refused = transfer_matrix.cross({"2D": checkpoints["2D"]}, {"wide": wide})["2D"]["wide"]
+    assert refused["fraction"] == 0.0 and str(tmp_path) not in refused["error"]
+
+
+def test_the_network_of_a_plans_file_needs_its_dataset(tmp_path):
+    plans = Path(tmp_path) / "UMITPlans.json"
+    plans.write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json is missing"):
+        transfer_matrix.network_of(f"{plans}:2d")
+
+
+def test_named_arguments():
+    assert transfer_matrix.named("a=b=c") == ("a", "b=c")
+    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=PATH"):
+        transfer_matrix.named("path")

@@ -1,0 +1,145 @@
+"""A preprocessed dataset and a plan for in-process trainer tests, written in a moment, without nnU-Net's planning."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import synthetic
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnunet_umit.spacing import Anisotropy
+
+NAME = "Dataset902_Tiny"
+PLANS = "UMITPlans"
+
+
+def make_plans(
+    *,
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0),
+    patch: tuple[int, ...] = (16, 16, 16),
+    channels: int = 1,
+    batch: int = 2,
+    token_size: int = 8,
+    pretrain: dict[str, Any] | None = None,
+    finetune: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What UMITPlanner would write, for a network of a few thousand weights and a training of seconds."""
+    short = {"epochs": 2, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2}
+    planar = len(spacing) == 2
+    strides = [list(step)[1 if planar else 0 :] for step in Anisotropy.from_spacing(spacing).strides(token_size)]
+    resampling = {
+        f"resampling_fn_{kind}": "resample_data_or_seg_to_shape" for kind in ("data", "seg", "probabilities")
+    } | {
+        f"resampling_fn_{kind}_kwargs": {"is_seg": kind == "seg", "order": 1, "order_z": 0, "force_separate_z": None}
+        for kind in ("data", "seg", "probabilities")
+    }
+    name = "2d" if planar else "3d_fullres"
+    configuration = {
+        "data_identifier": f"{PLANS}_{name}",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": batch,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": list(patch),
+        "spacing": list(spacing),
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+        "batch_dice": False,
+        "architecture": {
+            "network_class_name": "nnunet_umit.architectures.unetr.UMITSegmenter",
+            "arch_kwargs": {
+                "spacing": list(spacing),
+                "token_size": token_size,
+                "stem": "conv",
+                "embed_dim": 24,
+                "depth": 2,
+                "num_heads": 2,
+                "stem_channels": [4, 6, 8],
+                "decoder_channels": [4, 6, 8],
+                "strides": strides,
+            },
+            "_kw_requires_import": [],
+        },
+        "umit": {
+            "version": 1,
+            "size": "tiny",
+            "why": "a test",
+            "pretrain": {**short, "decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, **(pretrain or {})},
+            "finetune": {**short, "augmentation": "light", **(finetune or {})},
+        },
+        **resampling,
+    }
+    return {
+        "dataset_name": NAME,
+        "plans_name": PLANS,
+        "original_median_spacing_after_transp": list(spacing),
+        "original_median_shape_after_transp": list(patch),
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": list(range(3)),
+        "transpose_backward": list(range(3)),
+        "configurations": {name: configuration},
+        "experiment_planner_used": "UMITPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {},
+    }
+
+
+def write_preprocessed(
+    folder: Path, plans: dict[str, Any], *, cases: int = 4, shape: tuple[int, ...] = (18, 20, 22), seed: int = 0
+) -> Path:
+    """Write cases, plans, dataset.json and fingerprint below ``folder`` (nnUNet_preprocessed); returns the case folder.
+
+    ``shape`` is (z, y, x); a 2D plan takes the last two.
+    """
+    base = folder / NAME
+    name, configuration = next(iter(plans["configurations"].items()))
+    target = base / configuration["data_identifier"]
+    target.mkdir(parents=True)
+    spacing = configuration["spacing"]
+    if len(spacing) == 2:
+        spacing = [999.0, *spacing]
+    channels = len(configuration["normalization_schemes"])
+    rng = np.random.default_rng(seed)
+    for index in range(cases):
+        image, label = synthetic.draw_case(
+            shape[-len(configuration["spacing"]) :], configuration["spacing"], channels, rng
+        )
+        if len(configuration["spacing"]) == 2:
+            image, label = image[:, None], label[None]
+        image = (image - image.mean()) / image.std()
+        locations = {value: np.argwhere(label[None] == value) for value in (1, 2)}
+        nnUNetDatasetBlosc2.save_case(
+            image.astype(np.float32),
+            label[None].astype(np.int16),
+            {"spacing": spacing, "class_locations": locations},
+            str(target / f"case_{index:03d}"),
+        )
+    description = dataset_json(channels, cases)
+    (base / "dataset.json").write_text(json.dumps(description))
+    (base / "dataset_fingerprint.json").write_text("{}")
+    (base / f"{plans['plans_name']}.json").write_text(json.dumps(plans))
+    return target
+
+
+def dataset_json(channels: int = 1, cases: int = 4) -> dict[str, Any]:
+    """For labels as ``synthetic`` draws them."""
+    return {
+        "channel_names": {str(index): f"MRI{index}" for index in range(channels)},
+        "labels": dict(synthetic.LABELS),
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+        "licence": "CC0-1.0",
+    }
+
+
+def make_trainer(
+    trainer_class: type, plans: dict[str, Any], *, fold: Any = "all", resume: bool = False, **description: Any
+) -> Any:
+    """A trainer as nnUNetv2_train makes it, on the CPU."""
+    plans = copy.deepcopy(plans)
+    plans["continue_training"] = resume
+    name, configuration = next(iter(plans["configurations"].items()))
+    channels = len(configuration["normalization_schemes"])
+    return trainer_class(plans, name, fold, {**dataset_json(channels), **description}, device=torch.device("cpu"))
