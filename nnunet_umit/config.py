@@ -40,7 +40,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "max_nonfinite"):
-            _require(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+            _require(
+                self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
+            )
         for name in ("learning_rate", "clip_norm"):
             _require(self, name, _number(getattr(self, name)) and getattr(self, name) > 0, "a number > 0")
         for name in ("minimum_learning_rate_fraction", "warmup_fraction", "drop_path", "oversample_foreground"):
@@ -65,10 +67,16 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "mask_ratio", _number(self.mask_ratio) and 0 < self.mask_ratio < 1, "between 0 and 1, both excluded")
+        _require(
+            self, "mask_ratio", _number(self.mask_ratio) and 0 < self.mask_ratio < 1, "between 0 and 1, both excluded"
+        )
         for name in ("decoder_dim", "decoder_depth", "decoder_heads", "picture_every"):
-            _require(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
-        _require(self, "decoder_heads", self.decoder_dim % (4 * self.decoder_heads) == 0, "a divisor of decoder_dim / 4")
+            _require(
+                self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
+            )
+        _require(
+            self, "decoder_heads", self.decoder_dim % (4 * self.decoder_heads) == 0, "a divisor of decoder_dim / 4"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +96,12 @@ class FinetuneConfig(TrainingConfig):
         super().__post_init__()
         _require(self, "layer_decay", _number(self.layer_decay) and 0 < self.layer_decay <= 1, "above 0, at most 1")
         _require(self, "freeze", self.freeze in ("none", "encoder", "stem"), "'none', 'encoder' or 'stem'")
-        _require(self, "freeze_epochs", isinstance(self.freeze_epochs, int) and self.freeze_epochs >= 0, "a whole number >= 0")
+        _require(
+            self,
+            "freeze_epochs",
+            isinstance(self.freeze_epochs, int) and self.freeze_epochs >= 0,
+            "a whole number >= 0",
+        )
         _require(self, "augmentation", self.augmentation in ("nnunet", "light", "none"), "'nnunet', 'light' or 'none'")
         if self.mirror_axes is not None:
             _require(self, "mirror_axes", all(a in (0, 1, 2) for a in self.mirror_axes), "null or axes out of 0, 1, 2")
@@ -162,7 +175,9 @@ def _build(section: type[_T], values: Any, where: str) -> _T:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown key {where}.{key} in the plans; did you mean {where}.{near[0]}? Known: {', '.join(known)}")
+            raise ValueError(
+                f"unknown key {where}.{key} in the plans; did you mean {where}.{near[0]}? Known: {', '.join(known)}"
+            )
     try:
         return section(**values)
     except (TypeError, ValueError) as error:

@@ -89,7 +89,7 @@ class Anisotropy:
         return (self.depth_stride(size), size, size)
 
     def strides(self, size: int) -> list[Size3]:
-        """Strides from one resolution level to the next, full resolution first: ``[(1, 1, 1), ...]`` (nnU-Net style)."""
+        """Strides from one resolution level to the next, as nnU-Net writes them: ``[(1, 1, 1), ...]``."""
         return [(1, 1, 1)] + [(self.depth_stride(2, n), 2, 2) for n in range(_log2(size, "token size"))]
 
 

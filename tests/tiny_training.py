@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import synthetic
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_umit.spacing import Anisotropy
 
@@ -110,11 +110,14 @@ def write_preprocessed(
             image, label = image[:, None], label[None]
         image = (image - image.mean()) / image.std()
         locations = {value: np.argwhere(label[None] == value) for value in (1, 2)}
+        blocks, chunks = comp_blosc2_params(image.shape, configuration["patch_size"])
         nnUNetDatasetBlosc2.save_case(
             image.astype(np.float32),
             label[None].astype(np.int16),
             {"spacing": spacing, "class_locations": locations},
             str(target / f"case_{index:03d}"),
+            chunks=chunks,
+            blocks=blocks,
         )
     description = dataset_json(channels, cases)
     (base / "dataset.json").write_text(json.dumps(description))

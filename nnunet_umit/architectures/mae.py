@@ -1,4 +1,4 @@
-"""Masked autoencoder: see a quarter of the tokens, predict the rest (MAE, arXiv 2111.06377; SelfMedMAE, arXiv 2203.05573).
+"""Masked autoencoder: see a quarter of the tokens, predict the rest (MAE, 2111.06377; SelfMedMAE, 2203.05573).
 
 The encoder sees visible tokens only. The decoder is narrow; its last block and its head are computed for hidden tokens
 only. The head is a SAC layer, so one set of weights predicts patches of any slice thickness. Targets are normalised per
@@ -29,7 +29,7 @@ EPSILON = 1e-6
 
 
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., P) -> the same with mean 0 and variance 1 over P (constant patches become 0), and the mean and deviation."""
+    """(..., P) -> the same with mean 0 and variance 1 over P (constant patches become 0), mean and deviation."""
     mean = patches.mean(-1, keepdim=True)
     deviation = (patches.var(-1, keepdim=True, unbiased=False) + EPSILON).sqrt()
     return (patches - mean) / deviation, mean, deviation
@@ -137,7 +137,7 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, MAEOutput]:
-        """For pictures: the image with hidden tokens blanked to NaN, the image with hidden tokens predicted (predictions
+        """For pictures: the image with hidden tokens blanked to NaN, the image with hidden tokens predicted (they
         are scaled back with each patch's own mean and deviation), and the pass they come from; shapes as the input."""
         output = self(image, generator)
         grid, channels = output.grid, image.shape[1]

@@ -1,4 +1,4 @@
-"""Rotary positions for 3D token grids (RoPE, arXiv 2104.09864; additive depth, PUMIT arXiv 2312.07630; EVA-02 in plane).
+"""Rotary positions for 3D token grids (RoPE, arXiv 2104.09864; additive depth, PUMIT, 2312.07630; EVA-02 in plane).
 
 No learned table, so no parameter depends on the patch size. With h the width of a head there are h/2 rotated channel
 pairs; the first half of the pairs turns with the row, the second half with the column, and depth is added to both:

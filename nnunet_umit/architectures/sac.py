@@ -68,8 +68,10 @@ def same_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity:
 
 
 def up_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity: str) -> Tensor:
-    """Transposed, kernel = stride, undoing halvings up to ``halvings`` (counted before the layer): chunks are averaged,
-    so that a thick voxel is the mean of its thin ones; ``fidelity="pumit"`` sums them (the adjoint of the down layer)."""
+    """Transposed, kernel = stride, after ``halvings`` in-plane halvings: depth taps are averaged in chunks.
+
+    A thick voxel is then the mean of its thin ones; ``fidelity="pumit"`` sums them (the adjoint of the down layer).
+    """
     stride = kernel.shape[-1]
     before = halvings - int(math.log2(stride))
     return chunk_depth(kernel, anisotropy.depth_stride(stride, before), "sum" if fidelity == "pumit" else "mean")
@@ -84,7 +86,9 @@ def down_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     stride = tuple(kernel.shape[2:])
     for axis, (size, step) in enumerate(zip(image.shape[2:], stride, strict=True)):
         if size % step:
-            raise ValueError(f"size {tuple(image.shape[2:])} is not a multiple of {stride} along axis {axis}; pad it first")
+            raise ValueError(
+                f"size {tuple(image.shape[2:])} is not a multiple of {stride} along axis {axis}; pad it first"
+            )
     if stride[0] == 1 and image.device.type == "cpu":
         batch, channels, depth, height, width = image.shape
         slices = image.transpose(1, 2).reshape(batch * depth, channels, height, width)
@@ -105,8 +109,8 @@ def same_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 def slice_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """The same convolution as 2D convolutions over slices, with the neighbouring slices stacked as channels.
 
-    On CPUs the backward pass of a narrow 3D convolution is slow: 2 to 4 times slower than this at 16 to 64 channels, and
-    hundreds of times for one input channel (``python -m benchmarks.finetune_step``).
+    On CPUs the backward pass of a narrow 3D convolution is slow: up to 3 times slower than this at 16 to 64
+    channels, and far slower for one input channel.
     """
     batch, channels, depth, height, width = image.shape
     taps = kernel.shape[2]

@@ -1,10 +1,10 @@
 """Stems: image and anisotropy to tokens, and the skip features on the way.
 
 ``PatchStem``: one SAC projection per token, as in PUMIT and UNETR; hidden tokens are dropped before the projection.
-``ConvStem``: convolutions at full, half and quarter resolution, whose outputs are also the decoder's skip features, then
-one projection. Under masking the hidden voxels are zeroed before the first convolution, so nothing leaks, and hidden
-tokens are dropped before the projection. The convolutions are the same for every token size; only the projection's
-kernel grows with it.
+``ConvStem``: convolutions at full, half and quarter resolution, whose outputs are also the decoder's skip features,
+then one projection. Under masking the hidden voxels are zeroed before the first convolution, so nothing leaks, and
+hidden tokens are dropped before the projection. The convolutions are the same for every token size; only the
+projection's kernel grows with it.
 
 Shape legend: B batch, C channels, D H W voxels, L tokens, K visible tokens, E width.
 """
@@ -77,9 +77,7 @@ class ConvStem(nn.Module):
         channels: width at full, half and quarter in-plane resolution.
     """
 
-    def __init__(
-        self, in_channels: int, dim: int, token_size: int, channels: Sequence[int], fidelity: str
-    ) -> None:
+    def __init__(self, in_channels: int, dim: int, token_size: int, channels: Sequence[int], fidelity: str) -> None:
         super().__init__()
         if len(channels) != 3:
             raise ValueError(f"stem_channels {list(channels)} must be three widths: full, half and quarter resolution")

@@ -75,7 +75,7 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as content:
-                state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+                state = {name: content.get_tensor(name) for name in content.keys()}
         except SafetensorError as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error}); export it again") from error
         card = file.with_name(CARD_FILE)
@@ -93,9 +93,13 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
 
 
 def transfer_encoder(
-    state: Mapping[str, Tensor], network: nn.Module, *, source: str = "state dict", card: Mapping[str, Any] | None = None
+    state: Mapping[str, Tensor],
+    network: nn.Module,
+    *,
+    source: str = "state dict",
+    card: Mapping[str, Any] | None = None,
 ) -> TransferReport:
-    """Copy a UMIT state dict into ``network`` (which has ``.encoder``), adapting shapes; returns and prints the report.
+    """Copy a UMIT state dict into ``network`` (which has ``.encoder``), adapting shapes; prints the report.
 
     Raises:
         ValueError: under 90 % of the encoder's values arrived; the network is unchanged then.
@@ -124,7 +128,8 @@ def transfer_encoder(
     if report.fraction < MINIMUM_FRACTION:
         raise ValueError(
             f"only {100 * report.fraction:.1f} % of the encoder would come from {source}, at least "
-            f"{100 * MINIMUM_FRACTION:.0f} % is needed: it belongs to another architecture. {_differences(state, target)}"
+            f"{100 * MINIMUM_FRACTION:.0f} % is needed: it belongs to another architecture. "
+            f"{_differences(state, target)}"
             "Pre-train with the same plans size (UMITPlannerS, B or L) and stem."
         )
     network.load_state_dict({**target, **{name: value.to(target[name].dtype) for name, value in values.items()}})

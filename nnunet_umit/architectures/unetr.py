@@ -1,9 +1,9 @@
 """UNETR-style decoder (arXiv 2103.10504) and the segmentation network made of encoder and decoder.
 
-From token resolution the decoder climbs one halving at a time: narrow the channels, interpolate, join the skip feature,
-one or two SAC convolutions. Skips come from the conv stem where it has that resolution, else from evenly spaced blocks of
-the transformer (blocks 3, 6, 9 of 12 for 16-voxel tokens, as in UNETR); with a patch stem the full-resolution skip is a
-convolution on the image itself. Levels and strides follow from token size and spacing.
+From token resolution the decoder climbs one halving at a time: narrow the channels, interpolate, join the skip
+feature, one or two SAC convolutions. Skips come from the conv stem where it has that resolution, else from evenly
+spaced blocks of the transformer (blocks 3, 6, 9 of 12 for 16-voxel tokens, as in UNETR); with a patch stem the
+full-resolution skip is a convolution on the image itself. Levels and strides follow from token size and spacing.
 
 Shape legend: B batch, C channels, D H W voxels, E encoder width.
 """
@@ -29,7 +29,9 @@ UPSAMPLE = ("interpolate", "transposed")
 class DecoderLevel(nn.Module):
     """One step up: (B, C, coarse) and a skip feature (B, S, fine) -> (B, O, fine)."""
 
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, convs: int, upsample: str, fidelity: str):
+    def __init__(
+        self, in_channels: int, skip_channels: int, out_channels: int, convs: int, upsample: str, fidelity: str
+    ):
         super().__init__()
         self.upsample = upsample
         if upsample == "transposed":
@@ -123,7 +125,7 @@ class UNETRDecoder(nn.Module):
         """Bounded logits, finest first, cropped to the unpadded image; only the finest without deep supervision."""
         skips = self.skips(encoding)
         feature = encoding.grid.unflatten(encoding.tokens)
-        logits = []
+        logits: list[Tensor] = []
         for level in reversed(range(self.levels)):
             feature = self.seg_layers[f"level{level}"](feature, skips[level], encoding.anisotropy, level)
             if level == 0 or self.deep_supervision:
@@ -144,7 +146,7 @@ class UMITSegmenter(nn.Module):
     Args:
         input_channels, num_classes, deep_supervision: given by nnU-Net.
         decoder_channels: widths from full resolution down; missing coarser ones double the last.
-        strides: read by nnU-Net from the plans to scale the deep-supervision targets; must agree with token and spacing.
+        strides: read by nnU-Net from the plans to scale the deep-supervision targets; must fit token and spacing.
         logit_bound: logits are squashed to (-bound, bound): nnU-Net accumulates them in fp16.
         upsample: ``"interpolate"`` or ``"transposed"`` (SAC).
         arch_kwargs: everything else goes to :class:`SACViT`.
@@ -205,7 +207,9 @@ class UMITSegmenter(nn.Module):
         if strides is None:
             return
         spacing = self.encoder.spacing
-        wanted = [list(each)[3 - len(spacing) :] for each in Anisotropy.from_spacing(spacing).strides(self.encoder.token_size)]
+        wanted = [
+            list(each)[3 - len(spacing) :] for each in Anisotropy.from_spacing(spacing).strides(self.encoder.token_size)
+        ]
         if [list(each) for each in strides] != wanted:
             raise ValueError(
                 f"strides {[list(s) for s in strides]} do not fit token_size {self.encoder.token_size} at spacing "

@@ -70,6 +70,8 @@ class UMITBaseTrainer(ResumableTrainer):
         self.transfer: dict[str, Any] | None = None
         self.guard = NonFiniteGuard(config.max_nonfinite, self.print_to_log_file, self.name_last_good)
         self.progress = StepProgress(self.print_to_log_file, shown=self.local_rank == 0)
+        if self.device.type == "cpu":
+            use_own_cores()
         if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
             self.grad_scaler = None  # bfloat16 has the range of float32: nothing to scale
 
@@ -364,6 +366,12 @@ class UMITBaseTrainer(ResumableTrainer):
         if self.local_rank == 0:
             self.draw()
         self.current_epoch = done
+
+
+def use_own_cores() -> None:
+    """No more torch threads than cores this process may use: nnU-Net starts one for every core of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
 def finite_mean(values: Sequence[float]) -> float:

@@ -35,7 +35,8 @@ def derive_seed(seed: int, stream: str, *indices: int) -> int:
         stream: what the numbers are for, such as ``"train"`` or ``"mask"``; streams are independent.
         indices: non-negative positions within the stream, such as rank and iteration.
     """
-    words = np.random.SeedSequence([seed, zlib.crc32(stream.encode()), *indices]).generate_state(1, np.uint64)
+    entropy = [seed, zlib.crc32(stream.encode()), len(indices), *indices]  # the length: trailing zeros do not count
+    words = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))  # torch takes signed 64-bit seeds
 
 

@@ -128,6 +128,7 @@ def _keep(path: Path, previous: Path) -> None:
     except OSError:  # file systems without hard links
         shutil.copyfile(path, second)
     os.replace(second, previous)
+    second.unlink(missing_ok=True)  # POSIX renames nothing if both names are the same file already
 
 
 def _sync_folder(folder: Path) -> None:

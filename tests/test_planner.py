@@ -1,0 +1,376 @@
+"""Sizing rules on numbers, the planner on invented fingerprints, the preprocessor on damaged cases."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_umit.config import get_umit_config
+from nnunet_umit.plans import planner as planner_module
+from nnunet_umit.plans import sizing
+from nnunet_umit.plans.integrity import BadImageError
+from nnunet_umit.plans.planner import UMITPlanner, UMITPlannerB, UMITPlannerL, UMITPlannerS
+from nnunet_umit.plans.preprocessor import UMITPreprocessor
+from nnunet_umit.spacing import Anisotropy
+
+ISOTROPIC, PLANAR = Anisotropy(1.0), Anisotropy(math.inf)
+KEYS = {
+    "data_identifier",
+    "preprocessor_name",
+    "batch_size",
+    "patch_size",
+    "median_image_size_in_voxels",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_seg",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg_kwargs",
+    "resampling_fn_probabilities",
+    "resampling_fn_probabilities_kwargs",
+    "architecture",
+    "batch_dice",
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rules
+
+
+@pytest.mark.parametrize(
+    ("median", "anisotropy", "expected"),
+    [
+        ((35, 50, 35), ISOTROPIC, 8),  # hippocampus: 175 tokens
+        ((24, 24, 24), ISOTROPIC, 4),  # 27 tokens of 8 would be too few
+        ((128, 128, 128), ISOTROPIC, 8),  # 4096, the limit itself
+        ((160, 160, 128), ISOTROPIC, 16),  # 6400
+        ((10, 256, 224), Anisotropy(6.4), 8),  # 4480: trimmed, not blurred
+        ((36, 256, 256), Anisotropy(6.16), 16),  # 18432
+        ((280, 235), PLANAR, 8),  # 1050
+        ((512, 512), PLANAR, 16),
+        ((50, 35), PLANAR, 4),
+    ],
+)
+def test_token_size(median: tuple[int, ...], anisotropy: Anisotropy, expected: int) -> None:
+    patch = sizing.pad_to_tokens(median, sizing.token_shape(8, anisotropy))
+    assert sizing.choose_token_size(patch, anisotropy) == expected
+
+
+def test_hippocampus_patch() -> None:
+    token = sizing.token_shape(8, ISOTROPIC)
+    patch = sizing.fit_patch((35, 50, 35), token, lambda patch: True)
+    assert (token, patch, sizing.count_tokens(patch, token)) == ((8, 8, 8), (40, 56, 40), 175)
+
+
+@settings(deadline=None)
+@given(
+    median=st.lists(st.floats(1, 400), min_size=3, max_size=3),
+    ratio=st.floats(1, 32),
+    token_size=st.sampled_from(sizing.TOKEN_SIZES),
+    voxels=st.integers(20_000, 10_000_000),
+)
+def test_patch_is_whole_tokens_within_the_median_and_fits(
+    median: list[float], ratio: float, token_size: int, voxels: int
+) -> None:
+    token = sizing.token_shape(token_size, Anisotropy(ratio))
+    patch = sizing.fit_patch(median, token, lambda patch: math.prod(patch) <= voxels)
+    assert math.prod(patch) <= voxels
+    assert all(size % step == 0 and size >= step for size, step in zip(patch, token, strict=True))
+    assert all(size < extent + step for size, extent, step in zip(patch, median, token, strict=True))
+
+
+def test_patch_keeps_the_proportions_of_the_image() -> None:
+    patch = sizing.fit_patch((400, 200, 100), (8, 8, 8), lambda patch: math.prod(patch) <= 1_000_000)
+    assert patch[0] / patch[1] == pytest.approx(2, rel=0.1) and patch[1] / patch[2] == pytest.approx(2, rel=0.1)
+
+
+def test_patch_that_never_fits() -> None:
+    with pytest.raises(ValueError, match=r"one token \(8, 8, 8\)"):
+        sizing.fit_patch((64, 64, 64), (8, 8, 8), lambda patch: False)
+
+
+def test_patch_smaller_than_a_token_is_refused() -> None:
+    sizing.check_patch((8, 16, 20), (8, 8, 8))
+    with pytest.raises(ValueError, match=r"\(4, 64, 64\) is smaller than one token \(8, 8, 8\) along axis 0 \(4 < 8\)"):
+        sizing.check_patch((4, 64, 64), (8, 8, 8))
+    with pytest.raises(ValueError, match="has 2 axes"):
+        sizing.check_patch((64, 64), (8, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("fitting", "voxels", "planar", "expected"),
+    [(9, 1e8, False, 4), (3, 1e8, False, 3), (0, 1e8, False, 2), (9, 1e6, False, 2), (99, 1e8, True, 16)],
+)
+def test_batch_size(fitting: int, voxels: float, planar: bool, expected: int) -> None:
+    assert sizing.choose_batch_size((32, 32, 32), voxels, fitting, planar) == expected
+
+
+def test_network_size_follows_the_data_and_says_why() -> None:
+    def never() -> bool:
+        raise AssertionError("memory is asked for although B is no candidate")
+
+    small, medium = sizing.choose_size(24_600, never), sizing.choose_size(3e6, never)
+    assert small.size == "XS" and "24.6 thousand tokens" in small.why
+    assert medium.size == "S" and "3 million" in medium.why
+    assert sizing.choose_size(1e9, lambda: True).size == "B"
+    without_memory = sizing.choose_size(1e9, lambda: False)
+    assert without_memory.size == "S" and "does not fit" in without_memory.why
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# planner
+
+
+@pytest.fixture
+def invent(nnunet_env: Any, make_dataset: Callable[..., Path]) -> Callable[..., str]:
+    """A raw dataset of two tiny cases whose fingerprint claims any shape and spacing (reader order); returns its name."""
+
+    def invent(
+        shape: tuple[int, ...], spacing: tuple[float, ...], cases: int = 100, channel_names: tuple[str, ...] = ("MRI",)
+    ) -> str:
+        tiny = (16, 16) if shape[0] == 1 else (8, 8, 8)
+        made = make_dataset(cases=2, shape=tiny, channels=len(channel_names), channel_names=channel_names)
+        link = nnunet_env.raw / made.name
+        if not link.exists():
+            link.mkdir()
+            for part in ("imagesTr", "labelsTr"):
+                (link / part).symlink_to(made / part)
+        content = load_json(str(made / "dataset.json")) | {"numTraining": cases}
+        (link / "dataset.json").write_text(json.dumps(content))
+        folder = nnunet_env.preprocessed / made.name
+        folder.mkdir(exist_ok=True)
+        statistics = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.0)
+        fingerprint = {
+            "spacings": [list(spacing)] * 2,
+            "shapes_after_crop": [list(shape)] * 2,
+            "foreground_intensity_properties_per_channel": {str(c): statistics for c in range(len(channel_names))},
+            "median_relative_size_after_cropping": 1.0,
+        }
+        (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+        return made.name
+
+    return invent
+
+
+def test_hippocampus_plan(invent: Callable[..., str], nnunet_env: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    name = invent((35, 50, 35), (1.0, 1.0, 1.0), cases=206)
+    UMITPlanner(name).plan_experiment()
+    plans = load_json(str(nnunet_env.preprocessed / name / "UMITPlans.json"))
+    assert list(plans["configurations"]) == ["3d_fullres", "2d"]
+    full, flat = plans["configurations"]["3d_fullres"], plans["configurations"]["2d"]
+    assert set(full) == KEYS | {"umit"} and set(flat) == KEYS | {"umit"}
+    assert (full["patch_size"], full["batch_size"]) == ([40, 56, 40], 4)
+    assert full["preprocessor_name"] == "UMITPreprocessor" and full["data_identifier"] == "UMITPlans_3d_fullres"
+    arch = full["architecture"]
+    assert arch["network_class_name"] == "nnunet_umit.architectures.unetr.UMITSegmenter"
+    assert arch["_kw_requires_import"] == [] and arch["arch_kwargs"]["embed_dim"] == 256
+    assert arch["arch_kwargs"]["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    assert flat["architecture"]["arch_kwargs"]["strides"] == [[1, 1], [2, 2], [2, 2]]
+    assert flat["umit"]["size"] == full["umit"]["size"] == "XS"
+    printed = capsys.readouterr().out
+    assert "U-Net" not in printed
+    weights = f"{name}/UMITPretrainTrainer__UMITPlans__3d_fullres/fold_all/checkpoint_final.pth"
+    for piece in ("nnUNetv2_train 901 3d_fullres all -tr UMITPretrainTrainer -p UMITPlans", weights, "nnUNetv2_predict"):
+        assert piece in printed
+
+
+def test_plan_builds_the_network_and_inheriting_configurations_inherit_the_block(
+    invent: Callable[..., str], nnunet_env: Any
+) -> None:
+    name = invent((40, 64, 64), (2.0, 1.0, 1.0), channel_names=("T1", "T2"))
+    UMITPlanner(name).plan_experiment()
+    plans = load_json(str(nnunet_env.preprocessed / name / "UMITPlans.json"))
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    configuration = PlansManager(plans).get_configuration("mine")
+    assert get_umit_config(configuration).size == "XS"
+    with torch.device("meta"):
+        network = get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            2,
+            3,
+            deep_supervision=True,
+        )
+        outputs = network(torch.empty(1, 2, *configuration.patch_size))
+    assert len(outputs) == len(configuration.pool_op_kernel_sizes) - 1  # as many as nnU-Net's trainer makes targets
+    scales = np.cumprod(np.array(configuration.pool_op_kernel_sizes), axis=0)[:-1]
+    for output, scale in zip(outputs, scales, strict=True):
+        assert list(output.shape[2:]) == [size // step for size, step in zip(configuration.patch_size, scale, strict=True)]
+
+
+def test_thick_slices_last_are_transposed_to_the_front(invent: Callable[..., str], nnunet_env: Any) -> None:
+    name = invent((200, 220, 18), (1.5, 1.5, 6.6))
+    plans = UMITPlanner(name).plan_experiment()
+    assert plans["transpose_forward"] == [2, 0, 1]
+    full, flat = plans["configurations"]["3d_fullres"], plans["configurations"]["2d"]
+    arch = full["architecture"]["arch_kwargs"]
+    assert arch["spacing"] == [6.6, 1.5, 1.5] == full["spacing"]
+    assert Anisotropy.from_spacing(arch["spacing"]).level == 2
+    assert full["patch_size"][0] in (18, 20) and flat["architecture"]["arch_kwargs"]["spacing"] == [1.5, 1.5]
+
+
+def test_2d_dataset_has_only_2d(invent: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    plans = UMITPlanner(invent((1, 280, 235), (999.0, 1.0, 1.0))).plan_experiment()
+    assert list(plans["configurations"]) == ["2d"]
+    assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["token_size"] == 8
+    assert "nnUNetv2_train 901 2d 0 -tr UMITTrainer" in capsys.readouterr().out
+
+
+def test_large_ct_stays_ct_and_within_memory(invent: Callable[..., str]) -> None:
+    name = invent((300, 512, 512), (1.0, 0.8, 0.8), channel_names=("CT",))
+    patches = {}
+    for target in (4.0, 8.0):
+        planner = UMITPlanner(name, gpu_memory_target_in_gb=target)
+        full = planner.plan_experiment()["configurations"]["3d_fullres"]
+        assert full["normalization_schemes"] == ["CTNormalization"] and full["batch_dice"]
+        arch = full["architecture"]["arch_kwargs"]
+        predicted = planner_module.report.predict_training_memory(arch, full["patch_size"], 1, 3)
+        assert predicted.total(full["batch_size"]) <= target * 1e9 * 1.02
+        assert math.prod(size // arch["token_size"] for size in full["patch_size"]) <= sizing.MOST_TOKENS_3D
+        patches[target] = math.prod(full["patch_size"])
+    assert patches[4.0] < patches[8.0]
+
+
+@pytest.mark.parametrize(("planner", "size"), [(UMITPlannerS, "S"), (UMITPlannerB, "B"), (UMITPlannerL, "L")])
+def test_sized_planners_write_their_own_plans(
+    invent: Callable[..., str], nnunet_env: Any, planner: type[UMITPlanner], size: str
+) -> None:
+    name = invent((35, 50, 35), (1.0, 1.0, 1.0))
+    planner(name, gpu_memory_target_in_gb=24).plan_experiment()
+    plans = load_json(str(nnunet_env.preprocessed / name / f"UMITPlans{size}.json"))
+    assert {configuration["umit"]["size"] for configuration in plans["configurations"].values()} == {size}
+    assert plans["configurations"]["3d_fullres"]["data_identifier"] == f"UMITPlans{size}_3d_fullres"
+    assert planner.__name__ in plans["configurations"]["3d_fullres"]["umit"]["why"]
+
+
+def test_options_are_honoured(invent: Callable[..., str], nnunet_env: Any) -> None:
+    name = invent((60, 60, 60), (1.0, 1.0, 1.0))
+    planner = UMITPlannerS(
+        name, preprocessor_name="MyPreprocessor", plans_name="Mine", overwrite_target_spacing=[1.0, 1.0, 4.0]
+    )
+    planner.plan_experiment()
+    full = load_json(str(nnunet_env.preprocessed / name / "Mine.json"))["configurations"]["3d_fullres"]
+    assert full["preprocessor_name"] == "MyPreprocessor" and full["spacing"] == [4.0, 1.0, 1.0]
+    assert full["architecture"]["arch_kwargs"]["spacing"] == [4.0, 1.0, 1.0]
+    assert full["median_image_size_in_voxels"] == [15.0, 60.0, 60.0]
+
+
+@pytest.mark.parametrize("spacing", [[1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, math.nan], [1.0, -2.0, 1.0, 1.0]])
+def test_bad_target_spacing_is_refused(spacing: list[float]) -> None:
+    with pytest.raises(ValueError, match="-overwrite_target_spacing .* must be three numbers above 0"):
+        UMITPlanner("Dataset901_Any", overwrite_target_spacing=spacing)
+
+
+def test_memory_target_that_is_too_small_is_refused(invent: Callable[..., str]) -> None:
+    with pytest.raises(ValueError, match="must be a number of GB above 0"):
+        UMITPlanner("Dataset901_Any", gpu_memory_target_in_gb=0)
+    name = invent((35, 50, 35), (1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"size L needs .* the memory target is 2 GB; raise -gpu_memory_target"):
+        UMITPlannerL(name, gpu_memory_target_in_gb=2).plan_experiment()
+
+
+def test_stale_configurations_go_and_own_ones_stay(
+    invent: Callable[..., str], nnunet_env: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = invent((35, 50, 35), (1.0, 1.0, 1.0))
+    file = nnunet_env.preprocessed / name / "UMITPlans.json"
+    ours = {"architecture": {"network_class_name": planner_module.NETWORK}}
+    old = {
+        "3d_lowres": {"next_stage": "3d_cascade_fullres"},
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+        "unet": {"architecture": {"network_class_name": "PlainConvUNet"}},
+        "orphan": {"inherits_from": "3d_lowres"},
+        "grandchild": {"inherits_from": "child"},
+        "child": {"inherits_from": "3d_fullres", "batch_size": 7},
+        "own": ours,
+    }
+    file.write_text(json.dumps({"configurations": old}))
+    UMITPlanner(name).plan_experiment()
+    assert set(load_json(str(file))["configurations"]) == {"3d_fullres", "2d", "grandchild", "child", "own"}
+    assert "dropped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preprocessor
+
+
+@pytest.mark.parametrize(
+    ("corruption", "message"),
+    [
+        ("truncated", r"case_000_0000\.nii\.gz: truncated"),
+        ("empty", r"case_000_0000\.nii\.gz: the file is empty"),
+        ("nan", r"case_000_0000\.nii\.gz: channel 0 holds .* NaN or infinite"),
+        ("inf", r"case_000_0000\.nii\.gz: channel 0 holds .* NaN or infinite"),
+        ("constant", r"case_000_0000\.nii\.gz: every voxel has the same value"),
+        ("label", r"case_000\.nii\.gz: label value 7 in .* declares \[0, 1, 2\]"),
+    ],
+)
+def test_preprocessor_refuses_damaged_cases(
+    invent: Callable[..., str], make_dataset: Callable[..., Path], nnunet_env: Any, corruption: str, message: str
+) -> None:
+    plans, dataset_json = _small_plans()
+    damaged = make_dataset(cases=1, shape=(16, 16, 16), corruptions={0: corruption})
+    images, label = [str(damaged / "imagesTr" / "case_000_0000.nii.gz")], str(damaged / "labelsTr" / "case_000.nii.gz")
+    configuration = plans.get_configuration("3d_fullres")
+    with pytest.raises(BadImageError, match=message):
+        UMITPreprocessor(verbose=False).run_case(images, label, plans, configuration, dataset_json)
+
+
+def test_preprocessor_leaves_good_cases_to_nnunet(make_dataset: Callable[..., Path]) -> None:
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    plans, dataset_json = _small_plans()
+    folder = make_dataset(cases=1, shape=(16, 16, 16))
+    case = ([str(folder / "imagesTr" / "case_000_0000.nii.gz")], str(folder / "labelsTr" / "case_000.nii.gz"))
+    configuration = plans.get_configuration("3d_fullres")
+    ours = UMITPreprocessor(verbose=False).run_case(*case, plans, configuration, dataset_json)
+    stock = DefaultPreprocessor(verbose=False).run_case(*case, plans, configuration, dataset_json)
+    np.testing.assert_array_equal(ours[0], stock[0])
+    np.testing.assert_array_equal(ours[1], stock[1])
+
+
+def test_preprocessor_checks_arrays_at_prediction() -> None:
+    plans, dataset_json = _small_plans()
+    image = np.full((1, 8, 8, 8), np.inf, np.float32)
+    with pytest.raises(BadImageError, match="array without a file name: channel 0 holds 512 of 512 voxels"):
+        UMITPreprocessor(verbose=False).run_case_npy(
+            image, None, {"spacing": [1, 1, 1]}, plans, plans.get_configuration("3d_fullres"), dataset_json
+        )
+
+
+def _small_plans() -> tuple[PlansManager, dict[str, Any]]:
+    resampling = {"order": 1, "order_z": 0, "force_separate_z": None}
+    configuration = {
+        "preprocessor_name": "UMITPreprocessor",
+        "patch_size": [16, 16, 16],
+        "spacing": [1.0, 1.0, 1.0],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": resampling | {"is_seg": False},
+        "resampling_fn_seg_kwargs": resampling | {"is_seg": True},
+        "architecture": {},
+    }
+    plans = {
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "image_reader_writer": "SimpleITKIO",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": {}},
+        "configurations": {"3d_fullres": configuration},
+    }
+    return PlansManager(plans), {"labels": {"background": 0, "ball": 1, "box": 2}}
