@@ -131,10 +131,8 @@ def virtual_dataset(raw: Path, *, scale: float = 1.0, seed: int = 2009) -> DemoD
     )
     (folder / "SOURCE.md").write_text(virtual_subjects.SOURCE, encoding="utf-8")
     groups = {
-        f"{words} ({' x '.join(f'{mm:g}' for mm in acquisition.spacing)} mm)": [
-            case for case in cases["ts"] if case.endswith(acquisition.name)
-        ]
-        for words, acquisition in (("isotropic", ISOTROPIC), ("thick-slice", THICK))
+        f"{acquisition.spacing[2]:g} mm slices": [case for case in cases["ts"] if case.endswith(acquisition.name)]
+        for acquisition in (ISOTROPIC, THICK)
     }
     return DemoData(
         raw=raw,

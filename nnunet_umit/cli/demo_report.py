@@ -79,7 +79,7 @@ def foreground(description: Mapping[str, Any]) -> dict[str, str]:
 def dice_table(scores: Mapping[str, Scores], n_test: int) -> Table:
     """One row an arm, one column a label, the mean, and the mean of each group of cases."""
     table = Table(title=f"Dice on {n_test} held-out cases")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     first = next(iter(scores.values()))
     for name in (*first.labels, "mean", *first.groups):
         table.add_column(name, justify="right")
