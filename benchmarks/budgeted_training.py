@@ -170,24 +170,15 @@ def budgeted(trainer: type, **settings: Any) -> type:
     return type(trainer.__name__, (BudgetMixin, trainer), {"__module__": __name__, **settings})
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train (and validate) as ``job`` says; see hippocampus_equal_time.py for its keys."""
-    import numpy as np
+def build_trainer(job: dict[str, Any]) -> Any:
+    """The trainer that ``job`` names, with the clock, initialised."""
     import torch
-    from batchgenerators.utilities.file_and_folder_operations import join
-    from nnunetv2.run.run_training import maybe_load_checkpoint
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    random.seed(job["seed"])
-    np.random.seed(job["seed"])
-    torch.manual_seed(job["seed"])
-    torch.set_num_threads(job["threads"])
 
     base = Path(os.environ["nnUNet_preprocessed"]) / job["dataset"]
     plans = json.loads((base / f"{job['plans']}.json").read_text(encoding="utf-8"))
     dataset = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
     plans["continue_training"] = False
-
     trainer_class = budgeted(
         recursive_find_trainer_class_by_name(job["trainer"]),
         budget_s=job["budget_s"],
@@ -202,13 +193,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if hasattr(trainer, "warmup_duration_whole_net"):  # stock: 50 of 1000 epochs
         trainer.warmup_duration_whole_net = max(1, round(0.05 * job["epochs"]))
     trainer.initialize()
-    maybe_load_checkpoint(trainer, False, False, job["pretrained_weights"])
+    return trainer
 
+
+def train(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Train for the budget; returns times, iterations and where the last checkpoint lies."""
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    maybe_load_checkpoint(trainer, False, False, job["pretrained_weights"])
     trainer.run_training()
     report: dict[str, Any] = dict(trainer.report)
     epochs = report.pop("epochs")
-    late = epochs[-1]
-    report |= {
+    return report | {
         "trainer": job["trainer"],
         "plans": job["plans"],
         "epochs": len(epochs),
@@ -220,16 +216,28 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "patch_size": [int(size) for size in trainer.configuration_manager.patch_size],
         "parameters": sum(parameter.numel() for parameter in trainer.network.parameters()),
         "train_losses": [float(loss) for loss in trainer.logger.get_value("train_losses", step=None)],
-        "last_step_s": late["steps_s"] / late["iterations"],
-        "last_overhead_s": late["overhead_s"],
+        "last_step_s": epochs[-1]["steps_s"] / epochs[-1]["iterations"],
+        "last_overhead_s": epochs[-1]["overhead_s"],
+        "checkpoint": str(Path(trainer.output_folder) / "checkpoint_final.pth"),
+        "finished": not job["validate"],
     }
-    report["checkpoint"] = join(trainer.output_folder, "checkpoint_final.pth")
-    if job["validate"]:
-        started = time.perf_counter()
-        trainer.perform_actual_validation(False)
-        report["validation_s"] = time.perf_counter() - started
-        report["dice"] = read_dice(Path(trainer.output_folder) / "validation" / "summary.json")
-    return report
+
+
+def load_trained(trainer: Any, checkpoint: str) -> None:
+    """Weights and mirroring axes of a finished training (stock Primus cannot load its own checkpoints, torch >= 2.6)."""
+    import torch
+
+    content = torch.load(checkpoint, map_location="cpu", weights_only=False)  # written by this very benchmark
+    trainer.network.load_state_dict(content["network_weights"])
+    trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+
+
+def validate(trainer: Any) -> dict[str, Any]:
+    """nnU-Net's final validation: its time and Dice."""
+    started = time.perf_counter()
+    trainer.perform_actual_validation(False)
+    dice = read_dice(Path(trainer.output_folder) / "validation" / "summary.json")
+    return {"validation_s": time.perf_counter() - started, "dice": dice, "finished": True}
 
 
 def read_dice(summary: Path) -> dict[str, Any]:
@@ -243,11 +251,25 @@ def read_dice(summary: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the job, run it, write its report beside it (``job["report"]``)."""
+    """Run the job. The report is written after the training, and again after the validation: a kill costs one of them."""
+    import numpy as np
+    import torch
+
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    report = run(job)
-    write_json(Path(job["report"]), report)
+    random.seed(job["seed"])
+    np.random.seed(job["seed"])
+    torch.manual_seed(job["seed"])
+    torch.set_num_threads(job["threads"])
+    trainer, path = build_trainer(job), Path(job["report"])
+    if path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        load_trained(trainer, report["checkpoint"])
+    else:
+        report = train(trainer, job)
+        write_json(path, report)
     say(f"{job['trainer']}: {report['iterations']} iterations in {report['wall_s']:.1f} s of training wall time")
+    if not report["finished"]:
+        write_json(path, report | validate(trainer))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,6 @@ def optimiser(name: str, network: nn.Module, umit_finetune: dict[str, Any]) -> t
         network,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
     )
     return adamw(groups, betas=config.betas), config.clip_norm
 

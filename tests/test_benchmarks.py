@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import budgeted_training, common, finetune_step, hippocampus_equal_time, mae_step, transfer_matrix
+from benchmarks import (
+    budgeted_training,
+    common,
+    equal_time,
+    finetune_step,
+    hippocampus_equal_time,
+    mae_step,
+    transfer_matrix,
+)
 from benchmarks.common import Results, Sample
 from nnunet_umit.spacing import token_grid
 
@@ -104,7 +112,7 @@ def test_iterations_that_fit(remaining_s, epochs, step_s, overhead_s, expected):
 
 
 def test_epochs_keep_ten_iterations_and_stay_within_bounds():
-    assert [hippocampus_equal_time.epochs_for(n) for n in (3, 30, 170, 5000)] == [2, 4, 17, 40]
+    assert [equal_time.epochs_for(n) for n in (3, 30, 170, 5000)] == [2, 4, 17, 40]
 
 
 class FakeClock:
@@ -202,14 +210,14 @@ def test_plans_are_copied_under_another_name_and_edited(tmp_path):
     umit = {"finetune": {"epochs": 500, "learning_rate": 1e-3}, "pretrain": {}}
     plans = {"plans_name": "UMITPlans", "configurations": {"3d_fullres": {"batch_size": 4, "umit": umit}}}
     (tmp_path / "UMITPlans.json").write_text(json.dumps(plans))
-    hippocampus_equal_time.edit_plans(tmp_path, "UMITPlans", "Other", batch_size=2, umit={"finetune.epochs": 7})
+    equal_time.edit_plans(tmp_path, "UMITPlans", "Other", batch_size=2, umit={"finetune.epochs": 7})
     written = json.loads((tmp_path / "Other.json").read_text())
     assert written["plans_name"] == "Other"
     assert written["configurations"]["3d_fullres"]["batch_size"] == 2
     assert written["configurations"]["3d_fullres"]["umit"]["finetune"] == {"epochs": 7, "learning_rate": 1e-3}
     assert json.loads((tmp_path / "UMITPlans.json").read_text()) == plans
     with pytest.raises(ValueError, match="'finetun.epochs' is not a key below the umit block of UMITPlans"):
-        hippocampus_equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"finetun.epochs": 7})
+        equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"finetun.epochs": 7})
 
 
 def test_settings_of_the_command_line():
@@ -231,6 +239,42 @@ def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, capsys):
     hippocampus_equal_time.main(["--full", "--results", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "0.4000 / 0.6000" in printed and "5 + 5" in printed and "One seed" in printed
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    with equal_time.alone_in(tmp_path):
+        with pytest.raises(RuntimeError, match="another hippocampus_equal_time is running"):
+            with equal_time.alone_in(tmp_path):
+                pytest.fail("the folder was taken")
+    with equal_time.alone_in(tmp_path):
+        pass
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    (tmp_path / common.DATASET).mkdir()
+    (tmp_path / common.DATASET / "dataset.json").write_text("{}")
+    monkeypatch.setenv("UMIT_DATA", str(tmp_path))
+    options = argparse.Namespace(
+        arm=None, results=None, work=str(tmp_path), again=False, replan=False, planner="UMITPlanner", quick=False,
+        validation_fold=0, validation_cases=None, seed=1, threads=1, set=[("finetune.epochs", 3)],
+    )  # fmt: skip
+    bench = equal_time.Bench(options)
+    calls: list[list[str]] = []
+
+    def finish(command: list[str], folder: Path) -> None:
+        calls.append(command)
+        job = json.loads(Path(command[-1]).read_text())
+        Path(job["report"]).write_text(json.dumps({"finished": len(calls) != 1}))  # the first call: trained, then killed
+
+    monkeypatch.setattr(bench, "call", finish)
+    folder = bench.run_folder("full/arm")
+    for expected in (1, 2, 2):
+        assert bench.run_folder("full/arm") == folder
+        bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
+        assert len(calls) == expected
+    options.seed = 2
+    bench.run_folder("full/arm")
+    assert not (folder / "stock.report.json").exists(), "another run: nothing of the old one is kept"
 
 
 def test_tuning_runs_need_a_tag(capsys):

@@ -111,6 +111,24 @@ def test_nifti2_and_big_endian_headers(tmp_path: Path, noise: np.ndarray) -> Non
         assert "truncated" in str(file_problem(path))
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nonfinite_voxels_in_a_file(tmp_path: Path, noise: np.ndarray, value: float, ending: str) -> None:
+    """SimpleITK would read them as zeros, so they must be found in the file."""
+    for dtype in (np.float32, np.float64):
+        image = noise.astype(dtype)
+        image[3, 4, 5] = value
+        with pytest.raises(BadImageError, match=rf"voxel \(3, 4, 5\) \(x, y, z\) is {value}") as caught:
+            check_image(_write(tmp_path / f"bad{ending}", image))
+        assert "numpy.nan_to_num" in str(caught.value)
+
+
+def test_nonfinite_voxel_behind_the_first_chunk(tmp_path: Path) -> None:
+    image = np.zeros((90, 80, 70), np.float32)
+    image[89, 79, 68] = np.inf
+    assert "voxel (89, 79, 68)" in str(file_problem(_write(tmp_path / "large.nii.gz", image)))
+
+
 def test_empty_missing_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "empty.nii.gz").touch()
     (tmp_path / "text.nii.gz").write_bytes(gzip.compress(b"hello"))

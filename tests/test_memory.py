@@ -39,7 +39,7 @@ def test_run_without_data_saves_what_a_real_run_saves(spacing: str, token_size: 
 
 
 def test_saved_bytes_of_a_chain_by_hand() -> None:
-    """conv 1 -> 4, group norm, linear on 8 x 8 x 8 voxels: what each layer needs for its gradients, and nothing twice."""
+    """conv 1 -> 4, group norm, linear on 8 x 8 x 8 voxels: what each layer needs for its gradients, once."""
     chain = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1, bias=False), nn.GroupNorm(4, 4), nn.Linear(8, 8, bias=False))
     voxels = 8**3
     image = torch.empty(1, 1, 8, 8, 8, device="meta")

@@ -87,11 +87,17 @@ def make_plans(
 
 
 def write_preprocessed(
-    folder: Path, plans: dict[str, Any], *, cases: int = 4, shape: tuple[int, ...] = (18, 20, 22), seed: int = 0
+    folder: Path,
+    plans: dict[str, Any],
+    *,
+    cases: int = 4,
+    shape: tuple[int, ...] = (18, 20, 22),
+    ignore: int | None = None,
+    seed: int = 0,
 ) -> Path:
     """Write cases, plans, dataset.json and fingerprint below ``folder`` (nnUNet_preprocessed); returns the case folder.
 
-    ``shape`` is (z, y, x); a 2D plan takes the last two.
+    ``shape`` is (z, y, x); a 2D plan takes the last two. ``ignore`` is a label for the first quarter of each volume.
     """
     base = folder / NAME
     name, configuration = next(iter(plans["configurations"].items()))
@@ -109,7 +115,11 @@ def write_preprocessed(
         if len(configuration["spacing"]) == 2:
             image, label = image[:, None], label[None]
         image = (image - image.mean()) / image.std()
-        locations = {value: np.argwhere(label[None] == value) for value in (1, 2)}
+        if ignore is not None:
+            label[: len(label) // 4] = ignore
+        locations: dict[Any, np.ndarray] = {value: np.argwhere(label[None] == value) for value in (1, 2)}
+        if ignore is not None:  # nnU-Net's key for all annotated voxels
+            locations[(-1, *range(ignore))] = np.argwhere(label[None] != ignore)
         blocks, chunks = comp_blosc2_params(image.shape, configuration["patch_size"])
         nnUNetDatasetBlosc2.save_case(
             image.astype(np.float32),

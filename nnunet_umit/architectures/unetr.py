@@ -1,7 +1,7 @@
 """UNETR-style decoder (arXiv 2103.10504) and the segmentation network made of encoder and decoder.
 
 From token resolution the decoder climbs one halving at a time: narrow the channels, interpolate, join the skip
-feature, one or two SAC convolutions. Skips come from the conv stem where it has that resolution, else from evenly
+feature, one SAC convolution: on small machines the decoder, not the transformer, is what costs. Skips come from the conv stem where it has that resolution, else from evenly
 spaced blocks of the transformer (blocks 3, 6, 9 of 12 for 16-voxel tokens, as in UNETR); with a patch stem the
 full-resolution skip is a convolution on the image itself. Levels and strides follow from token size and spacing.
 
@@ -29,17 +29,14 @@ UPSAMPLE = ("interpolate", "transposed")
 class DecoderLevel(nn.Module):
     """One step up: (B, C, coarse) and a skip feature (B, S, fine) -> (B, O, fine)."""
 
-    def __init__(
-        self, in_channels: int, skip_channels: int, out_channels: int, convs: int, upsample: str, fidelity: str
-    ):
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, upsample: str, fidelity: str):
         super().__init__()
         self.upsample = upsample
         if upsample == "transposed":
             self.up: nn.Module = SACUp(in_channels, out_channels, 2, fidelity)
         else:
             self.up = nn.Conv3d(in_channels, out_channels, 1)
-        widths = [out_channels + skip_channels] + [out_channels] * convs
-        self.convs = nn.ModuleList(ConvNormAct(a, b, fidelity) for a, b in zip(widths, widths[1:], strict=False))
+        self.conv = ConvNormAct(out_channels + skip_channels, out_channels, fidelity)
 
     def forward(self, coarse: Tensor, skip: Tensor, anisotropy: Anisotropy, halvings: int) -> Tensor:
         """``halvings`` counts the in-plane halvings of the skip feature."""
@@ -47,10 +44,7 @@ class DecoderLevel(nn.Module):
             fine = self.up(coarse, anisotropy, halvings + 1)
         else:
             fine = F.interpolate(self.up(coarse), skip.shape[2:], mode="trilinear", align_corners=False)
-        fine = _concatenate(fine, skip)
-        for conv in self.convs:
-            fine = conv(fine, anisotropy, halvings)
-        return fine
+        return self.conv(torch.cat((fine, skip), 1), anisotropy, halvings)
 
 
 class UNETRDecoder(nn.Module):
@@ -98,8 +92,7 @@ class UNETRDecoder(nn.Module):
         below = encoder.embed_dim
         for level in reversed(range(levels)):
             skip = stem[level] if level < len(stem) else widths[level]
-            convs = 1 if level == 0 else 2
-            self.seg_layers[f"level{level}"] = DecoderLevel(below, skip, widths[level], convs, upsample, fidelity)
+            self.seg_layers[f"level{level}"] = DecoderLevel(below, skip, widths[level], upsample, fidelity)
             self.seg_layers[f"head{level}"] = nn.Conv3d(widths[level], num_classes, 1)
             below = widths[level]
 
@@ -215,9 +208,3 @@ class UMITSegmenter(nn.Module):
                 f"strides {[list(s) for s in strides]} do not fit token_size {self.encoder.token_size} at spacing "
                 f"{list(spacing)}; expected {wanted}; plan again with -pl UMITPlanner"
             )
-
-
-def _concatenate(fine: Tensor, skip: Tensor) -> Tensor:
-    if fine.shape[2:] != skip.shape[2:]:
-        raise ValueError(f"decoder feature {tuple(fine.shape)} and skip {tuple(skip.shape)} have different sizes")
-    return torch.cat((fine, skip), 1)

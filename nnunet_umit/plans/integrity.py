@@ -12,22 +12,22 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import math
 import os
-import struct
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_umit.plans import nifti
+
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_HEADER_BYTES = 540  # the longer of the two NIfTI headers (NIfTI-1: 348, NIfTI-2: 540)
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _SHOWN = 10  # how many offending values or files an error lists before it only counts them
 
@@ -55,9 +55,9 @@ class Problem:
 def file_problem(path: str | os.PathLike[str]) -> Problem | None:
     """What is wrong with the bytes of one image or label file, or None.
 
-    Covers: missing, empty, broken or truncated gzip (its CRC is verified, which means decompressing the whole file
-    once), fewer voxel bytes than the NIfTI header declares, PNG without its end marker. Other formats are left to their
-    readers, which do complain.
+    Covers: missing, empty, broken or truncated gzip (its CRC is verified), fewer voxel bytes than the NIfTI header
+    declares, NaN or infinite voxels in a NIfTI file (SimpleITK reads them as zeros, which in CT is water), PNG without
+    its end marker. NIfTI files are read through once for this. Other formats are left to their readers.
     """
     path = os.fspath(path)
     fix = f"Copy or convert {os.path.basename(path)} again from its source, or remove the case from the dataset"
@@ -71,7 +71,8 @@ def file_problem(path: str | os.PathLike[str]) -> Problem | None:
         return _gzip_problem(path, fix)
     with open(path, "rb") as handle:
         if name.endswith(".nii"):
-            return _nifti_problem(path, handle.read(_HEADER_BYTES), size, fix)
+            reason = nifti.scan(handle)
+            return Problem(path, reason, fix) if reason is not None else None
         if name.endswith(".png"):
             start = handle.read(len(_PNG_START))
             handle.seek(max(size - 64, 0))
@@ -94,61 +95,16 @@ def check_image(path: str | os.PathLike[str]) -> None:
 
 
 def _gzip_problem(path: str, fix: str) -> Problem | None:
-    header, total = b"", 0
     try:
         with gzip.open(path, "rb") as handle:
-            header = _read_at_least(handle, _HEADER_BYTES)
-            total = len(header)
-            while chunk := handle.read(_CHUNK):
-                total += len(chunk)
+            reason = nifti.scan(handle) if path.lower().endswith(".nii.gz") else None
+            while handle.read(_CHUNK):  # to the end, where the CRC is
+                pass
     except EOFError:
         return Problem(path, f"truncated: the gzip stream ends early, {os.path.getsize(path)} bytes on disk", fix)
     except (gzip.BadGzipFile, zlib.error) as error:
         return Problem(path, f"damaged gzip stream ({error})", fix)
-    return _nifti_problem(path, header, total, fix) if path.lower().endswith(".nii.gz") else None
-
-
-def _read_at_least(handle: BinaryIO | gzip.GzipFile, count: int) -> bytes:
-    parts = b""
-    while len(parts) < count and (chunk := handle.read(count - len(parts))):
-        parts += chunk
-    return parts
-
-
-def _nifti_problem(path: str, header: bytes, size: int, fix: str) -> Problem | None:
-    """Compare the voxel bytes a NIfTI-1 or -2 header declares with the (uncompressed) `size` in bytes."""
-    declared = _nifti_bytes(header)
-    if declared is None:
-        return Problem(path, f"no NIfTI header in its first {len(header)} bytes", fix)
-    shape, needed = declared
-    if size < needed:
-        text = " x ".join(map(str, shape))
-        reason = f"truncated: the header declares {text} voxels = {needed} bytes, the file holds {size}"
-        return Problem(path, reason, fix)
-    return None
-
-
-def _nifti_bytes(header: bytes) -> tuple[tuple[int, ...], int] | None:
-    """Declared shape and total bytes (voxel offset included), or None when this is no NIfTI header."""
-    for order in "<>":
-        if len(header) >= 348 and struct.unpack_from(order + "i", header, 0)[0] == 348:
-            dims = struct.unpack_from(order + "8h", header, 40)
-            bits = struct.unpack_from(order + "h", header, 72)[0]
-            offset = struct.unpack_from(order + "f", header, 108)[0]
-            if header[344:347] == b"ni1":
-                offset = 0  # header and voxels in two files: only the header is here
-                bits = 0
-        elif len(header) >= 540 and struct.unpack_from(order + "i", header, 0)[0] == 540:
-            dims = struct.unpack_from(order + "8q", header, 16)
-            bits = struct.unpack_from(order + "h", header, 14)[0]
-            offset = struct.unpack_from(order + "q", header, 168)[0]
-        else:
-            continue
-        if not 1 <= dims[0] <= 7 or any(size < 1 for size in dims[1 : dims[0] + 1]) or not math.isfinite(offset):
-            return None
-        shape = tuple(int(size) for size in dims[1 : dims[0] + 1])
-        return shape, int(offset) + (math.prod(shape) * bits + 7) // 8
-    return None
+    return Problem(path, reason, fix) if reason is not None else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +131,7 @@ def array_problem(image_CDHW: NDArray[Any], files: Sequence[str]) -> Problem | N
                 file,
                 f"channel {channel} holds {bad} of {voxels.size} voxels that are NaN or infinite, the first is "
                 f"{voxels[first]} at array index {first}; every voxel must be finite",
-                "Replace them by a value that means background (numpy.nan_to_num does) and save the file again",
+                "Replace such voxels by a value that means background (numpy.nan_to_num does) and save the file again",
             )
         if voxels.size and voxels.min() == voxels.max():
             constant.append((channel, file, float(voxels.flat[0])))
@@ -230,9 +186,8 @@ def check_dataset(dataset_folder: str | os.PathLike[str]) -> list[Problem]:
         return problems
     # Lazily: nnU-Net's readers import SimpleITK, nibabel and scikit-image.
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    cases = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+    cases = _training_cases(folder, dataset_json)
     problems = _count_problems(folder, dataset_json, cases)
     reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     for name, case in cases.items():
@@ -265,11 +220,32 @@ def _read_dataset_json(folder: Path) -> tuple[dict[str, Any] | None, list[Proble
     return content, []
 
 
+def _training_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Case -> its image files and label file. nnU-Net's own rule, without the twelve processes it starts for it."""
+    if "dataset" in dataset_json:
+        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+        return dict(get_filenames_of_train_images_and_targets(str(folder), dataset_json))
+    ending = dataset_json["file_ending"]
+    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
+    cases: dict[str, dict[str, Any]] = {}
+    for file in sorted((folder / "imagesTr").iterdir()):
+        match = pattern.fullmatch(file.name)
+        if match:
+            label = str(folder / "labelsTr" / (match[1] + ending))
+            cases.setdefault(match[1], {"images": [], "label": label})["images"].append(str(file))
+    return cases
+
+
 def _count_problems(folder: Path, dataset_json: dict[str, Any], cases: dict[str, Any]) -> list[Problem]:
     path, problems = str(folder / "dataset.json"), []
     if len(cases) != dataset_json["numTraining"]:
         reason = f"numTraining is {dataset_json['numTraining']}, but {len(cases)} cases were found"
         problems.append(Problem(path, reason, f"Set numTraining to {len(cases)}, or restore the missing cases"))
+    known = {os.path.basename(case["label"]) for case in cases.values()}
+    for label in sorted((folder / "labelsTr").glob("*" + dataset_json["file_ending"])):
+        if label.name not in known:
+            problems.append(Problem(str(label), "no image in imagesTr belongs to it", "Add one, or remove the label"))
     values = allowed_labels(dataset_json)
     if values != list(range(len(values))):
         problems.append(Problem(path, f"label values {values} are not consecutive from 0", "Renumber the labels"))

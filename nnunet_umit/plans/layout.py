@@ -6,7 +6,7 @@ Nothing here knows nnU-Net; everything is in voxels, millimetres and bytes. Shap
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nnunet_umit.plans import sizing
@@ -14,7 +14,7 @@ from nnunet_umit.plans.memory import GB, TrainingMemory, predict_training_memory
 from nnunet_umit.spacing import Anisotropy
 
 STEM_CHANNELS = [8, 24, 64]  # at full, half and quarter resolution; narrow, because full resolution costs the memory
-DECODER_CHANNELS = [12, 24, 64]
+DECODER_CHANNELS = [8, 24, 64]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Task:
         median_shape: voxels of the median image at that spacing.
         dataset_voxels: voxels of all training images together.
         target_bytes: memory that a training step may take.
-        cache: predictions already made, by patch and arguments; nnU-Net's own per-dataset cache fits.
     """
 
     spacing: tuple[float, ...]
@@ -45,7 +44,6 @@ class Task:
     input_channels: int
     num_classes: int
     target_bytes: float
-    cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def anisotropy(self) -> Anisotropy:
@@ -128,7 +126,4 @@ class Task:
         return Layout(arch_kwargs, token, patch, final)
 
     def _predict(self, arch_kwargs: dict[str, Any], patch: sizing.Shape) -> TrainingMemory:
-        key = f"{patch} {arch_kwargs}"
-        if key not in self.cache:
-            self.cache[key] = predict_training_memory(arch_kwargs, patch, self.input_channels, self.num_classes)
-        return self.cache[key]
+        return predict_training_memory(arch_kwargs, patch, self.input_channels, self.num_classes)

@@ -2,7 +2,7 @@
 
 The network is built of tensors without data and run forward under ``saved_tensors_hooks``: what autograd would keep for
 the backward pass is summed by distinct storage. Two runs (one and two samples) separate what grows with the batch from
-what does not. For a GPU the tensors are on the ``meta`` device; for a CPU they are fake tensors that say they are on the
+what does not. For a GPU the tensors are on the ``meta`` device; for a CPU they are fake tensors that claim to be on the
 CPU, because the network convolves differently there.
 
 Counted: weights, gradients and the two moments of AdamW (16 bytes per parameter); everything autograd saves, reduced
@@ -21,6 +21,8 @@ factor would be wrong: convolutions and linear layers save fp16, norms and inter
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +86,7 @@ def predict_training_memory(
     """Memory of one fine-tuning step of `UMITSegmenter` with deep supervision.
 
     Args:
-        arch_kwargs: as in the plans.
+        arch_kwargs: as in the plans, JSON types only; a second call with the same arguments costs nothing.
         patch_size: voxels, (D, H, W) or (H, W).
         precision: ``"mixed"`` for a GPU (fp16 autocast), ``"full"`` for a CPU (fp32).
 
@@ -92,10 +94,17 @@ def predict_training_memory(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    return _predict(json.dumps(dict(arch_kwargs)), tuple(patch_size), input_channels, num_classes, precision)
+
+
+@functools.lru_cache(maxsize=256)
+def _predict(
+    arch_json: str, patch_size: tuple[int, ...], input_channels: int, num_classes: int, precision: str
+) -> TrainingMemory:
     from nnunet_umit.architectures.unetr import UMITSegmenter
 
     with without_data(precision):
-        network = UMITSegmenter(input_channels, num_classes, deep_supervision=True, **arch_kwargs).train()
+        network = UMITSegmenter(input_channels, num_classes, deep_supervision=True, **json.loads(arch_json)).train()
         one, two = (
             saved_tensors(network, torch.empty((batch, input_channels, *patch_size)), precision) for batch in (1, 2)
         )
@@ -182,7 +191,7 @@ _SINGLE: frozenset[Callable[..., Any]] = frozenset(
 
 
 class _TrainingRules(TorchFunctionMode):
-    """Fused attention for tensors without data, and the casts of CUDA's autocast (torch.amp op reference) where `mixed`."""
+    """Fused attention for tensors without data and, where `mixed`, the casts of CUDA's autocast (torch.amp docs)."""
 
     def __init__(self, mixed: bool) -> None:
         super().__init__()

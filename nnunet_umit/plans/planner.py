@@ -93,7 +93,6 @@ class UMITPlanner(ExperimentPlanner):
             input_channels=channels,
             num_classes=classes,
             target_bytes=self.UNet_vram_target_GB * GB,
-            cache=_cache,
         )
         choice = self._size_for(task)
         layout = task.layout(choice.size)

@@ -28,8 +28,8 @@ COLUMNS = (
     "batch",
     "parameters",
     "GPU memory (fp16)",
-    "CPU memory (fp32)",
 )
+CPU_COLUMN = "CPU memory (fp32)"
 
 
 def segmentation_heads(dataset_json: Mapping[str, Any]) -> int:
@@ -54,8 +54,10 @@ def heads_and_channels(plans_file: str | os.PathLike[str]) -> tuple[int, int]:
     return segmentation_heads(dataset_json), image_channels(dataset_json)
 
 
-def table_rows(plans: Mapping[str, Any], heads: int, channels: int) -> list[tuple[str, ...]]:
-    """One row per configuration with an architecture of its own, in the order of `COLUMNS`."""
+def table_rows(
+    plans: Mapping[str, Any], heads: int, channels: int, with_cpu: bool = False
+) -> list[tuple[str, ...]]:
+    """One row per configuration with an architecture of its own, in the order of `COLUMNS`, then `CPU_COLUMN`."""
     rows: list[tuple[str, ...]] = []
     for name, configuration in plans["configurations"].items():
         if "umit" not in configuration or "architecture" not in configuration:
@@ -63,7 +65,7 @@ def table_rows(plans: Mapping[str, Any], heads: int, channels: int) -> list[tupl
         arch, patch = configuration["architecture"]["arch_kwargs"], tuple(configuration["patch_size"])
         anisotropy = Anisotropy.from_spacing(arch["spacing"])
         token, batch = token_shape(arch["token_size"], anisotropy), configuration["batch_size"]
-        gpu, cpu = (predict_training_memory(arch, patch, channels, heads, kind) for kind in ("mixed", "full"))
+        memory = predict_training_memory(arch, patch, channels, heads, "mixed")
         rows.append(
             (
                 plans["dataset_name"],
@@ -75,11 +77,13 @@ def table_rows(plans: Mapping[str, Any], heads: int, channels: int) -> list[tupl
                 _join(patch),
                 str(count_tokens(patch, token)),
                 str(batch),
-                f"{gpu.parameters / 1e6:.1f} M",
-                f"{gpu.total(batch) / GB:.1f} GB",
-                f"{cpu.total(batch) / GB:.1f} GB",
+                f"{memory.parameters / 1e6:.1f} M",
+                f"{memory.total(batch) / GB:.1f} GB",
             )
         )
+        if with_cpu:
+            memory = predict_training_memory(arch, patch, channels, heads, "full")
+            rows[-1] += (f"{memory.total(batch) / GB:.1f} GB",)
     return rows
 
 
@@ -133,11 +137,11 @@ def main() -> None:
     """Print a Markdown table for one or several plans files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("plans", nargs="+", help="UMITPlans.json files, each beside its dataset.json")
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + " --- |" * len(COLUMNS))
+    print("| " + " | ".join((*COLUMNS, CPU_COLUMN)) + " |")
+    print("|" + " --- |" * (len(COLUMNS) + 1))
     for path in parser.parse_args().plans:
         plans = json.loads(Path(path).read_text(encoding="utf-8"))
-        for row in table_rows(plans, *heads_and_channels(path)):
+        for row in table_rows(plans, *heads_and_channels(path), with_cpu=True):
             print("| " + " | ".join(row) + " |")
 
 

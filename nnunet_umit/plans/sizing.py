@@ -20,7 +20,7 @@ MOST_TOKENS_2D = 1024  # 32 per axis: a 2D batch of 16 then costs what a 3D batc
 TOKEN_SLACK = 1.25  # up to a quarter over the limit the patch is trimmed: a doubled token would blur it by 4 to 8
 
 SMALLEST_BATCH = 2  # nnU-Net's own: a gradient from a single sample is too noisy
-LARGEST_BATCH_3D = 4  # more samples per step bought nothing on hippocampus at equal time; more steps did
+LARGEST_BATCH_3D = 4  # AdamW with warm-up takes small batches well; on small data steps are worth more than samples
 LARGEST_BATCH_2D = 16  # a slice carries far less than a volume
 DATASET_FRACTION = 0.05  # nnU-Net's own: one step shall not see more than 5 % of all voxels of the dataset
 

@@ -138,7 +138,6 @@ class UMITBaseTrainer(ResumableTrainer):
             self.unwrapped(),
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
-            layer_decay=getattr(config, "layer_decay", 1.0),
         )
         optimizer = adamw(groups, betas=config.betas)
         schedule = LearningRateSchedule(

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_umit.config import FinetuneConfig, get_umit_config
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
-from nnunet_umit.trainers.optimisation import frozen_parameters, set_trainable
+from nnunet_umit.trainers.optimisation import frozen_parameters, last_layer, set_layer_decay, set_trainable
 from nnunet_umit.trainers.pictures import Panel
 
 
@@ -188,14 +188,20 @@ class UMITTrainer(UMITBaseTrainer):
     # -------------------------------------------------------------------------------------------- transfer
 
     def on_train_start(self) -> None:
-        """Say what ``-pretrained_weights`` brought, then begin."""
+        """Say what ``-pretrained_weights`` brought, then begin.
+
+        Layer-wise decay protects what a pre-trained encoder knows; weights that know nothing all learn at one rate.
+        """
         if not self.was_initialized:
             self.initialize()
         report = getattr(self.unwrapped(), "transfer_report", None)
         if report is not None:
             self.print_to_log_file(f"pre-trained weights: {report}")
         elif not self.continued:
-            self.print_to_log_file("no pre-trained weights: training from scratch")
+            self.print_to_log_file("no pre-trained weights: training from scratch, without layer-wise decay")
+        decay = self.config.layer_decay if self.describe_transfer() is not None else 1.0
+        rate, layers = self.config.learning_rate, last_layer(self.unwrapped())
+        set_layer_decay(self.optimizer, learning_rate=rate, layers=layers, decay=decay)
         super().on_train_start()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:

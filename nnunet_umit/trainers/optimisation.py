@@ -154,6 +154,18 @@ def layer_of(network: nn.Module, name: str) -> int:
     return int(network.encoder.layer_id(name[len(ENCODER) :]))  # type: ignore[operator, union-attr]
 
 
+def set_layer_decay(optimizer: torch.optim.Optimizer, *, learning_rate: float, layers: int, decay: float) -> None:
+    """Give the groups of ``parameter_groups`` the base learning rates of another ``layer_decay``.
+
+    Args:
+        learning_rate: of the last layer.
+        layers: id of the last layer, depth + 1.
+        decay: 1 gives every layer the same learning rate.
+    """
+    for group in optimizer.param_groups:
+        group["base_lr"] = learning_rate * layer_scale(group["layer"], layers, decay)
+
+
 def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW, fused where this torch has a fused kernel for the device of the parameters."""
     first = groups[0]["params"][0]
