@@ -224,7 +224,7 @@ def train(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_trained(trainer: Any, checkpoint: str) -> None:
-    """Weights and mirroring axes of a finished training (stock Primus cannot load its own checkpoints, torch >= 2.6)."""
+    """Weights and mirroring axes of a finished training (stock Primus fails to load its own checkpoints)."""
     import torch
 
     content = torch.load(checkpoint, map_location="cpu", weights_only=False)  # written by this very benchmark
@@ -251,7 +251,7 @@ def read_dice(summary: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the job. The report is written after the training, and again after the validation: a kill costs one of them."""
+    """Run the job. The report is written after the training and after the validation: a kill costs one of them."""
     import numpy as np
     import torch
 

@@ -264,7 +264,8 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     def finish(command: list[str], folder: Path) -> None:
         calls.append(command)
         job = json.loads(Path(command[-1]).read_text())
-        Path(job["report"]).write_text(json.dumps({"finished": len(calls) != 1}))  # the first call: trained, then killed
+        finished = len(calls) != 1  # the first call: trained, then killed
+        Path(job["report"]).write_text(json.dumps({"finished": finished}))
 
     monkeypatch.setattr(bench, "call", finish)
     folder = bench.run_folder("full/arm")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_umit.architectures.transfer import TransferReport, load_state
+from nnunet_umit.architectures.transfer import load_state
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.checkpoint import CheckpointError, read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer, confusion, mirrored_axes
@@ -568,6 +569,17 @@ def trainer_case(trainer: Any, key: str) -> np.ndarray:
     return trainer.dataset_class(trainer.preprocessed_dataset_folder).load_case(key)[0][:]
 
 
+def test_nnunet_augmentation_has_no_stop_watch(prepare: Callable[..., dict]) -> None:
+    """nnU-Net's blur times two algorithms that differ in the last bits, and keeps the quicker one."""
+    trainer = tiny.make_trainer(UMITTrainer, prepare(finetune={"augmentation": "nnunet"}))
+    trainer.initialize()
+    transforms = trainer.training_transforms((-0.5, 0.5), (0, 1, 2), False, None).transforms
+    blurs = [
+        each.transform for each in transforms if isinstance(getattr(each, "transform", None), GaussianBlurTransform)
+    ]
+    assert len(blurs) == 1 and not blurs[0].benchmark
+
+
 def test_frozen_encoder_rests_and_is_released(prepare: Callable[..., dict]) -> None:
     trainer = tiny.make_trainer(UMITTrainer, prepare(finetune={"freeze": "encoder", "freeze_epochs": 1}))
     states = []
@@ -601,15 +613,25 @@ def prepare_again(trainer: Any) -> dict[str, Any]:
     return trainer.plans_manager.plans
 
 
-def test_layer_rates_reach_the_optimizer(prepare: Callable[..., dict]) -> None:
-    """SH-7 in the trainer: rates differ by layer after the schedule has run through a training, if there is something
-    to protect; from scratch every layer learns at one rate."""
-    for transferred, expected in ((True, [0.125, 0.25, 0.5, 1.0]), (False, [1.0, 1.0, 1.0, 1.0])):
-        trainer = tiny.make_trainer(UMITTrainer, prepare(finetune={"layer_decay": 0.5}))
+def test_layer_rates_reach_the_optimizer(pretrained: tuple[dict, Path]) -> None:
+    """SH-7 in the trainer: with pre-trained weights, rates still differ by layer at the end of a training.
+
+    From scratch there is nothing to protect, and all layers learn at one rate.
+    """
+    plans, source = copy.deepcopy(pretrained[0]), pretrained[1]
+    plans["configurations"]["3d_fullres"]["umit"]["finetune"]["layer_decay"] = 0.5
+    for pretrained_weights, expected in ((True, [0.125, 0.25, 0.5, 1.0]), (False, [1.0] * 4)):
+        trainer = tiny.make_trainer(UMITTrainer, plans)
         trainer.initialize()
-        trainer.network.transfer_report = TransferReport("test") if transferred else None
-        trainer.run_training()
-        rates = {group["layer"]: group["lr"] for group in trainer.optimizer.param_groups}
+        if pretrained_weights:
+            trainer.network.load_umit_pretrained(str(source))
+        kill_at(trainer, 4)
+        with pytest.raises(Killed):
+            trainer.run_training()
+        resumed = tiny.make_trainer(UMITTrainer, plans, resume=True)
+        resumed.load_checkpoint(str(folder_of(resumed) / checkpoints.LATEST))
+        resumed.run_training()
+        rates = {group["layer"]: group["lr"] for group in resumed.optimizer.param_groups}
         assert [rates[layer] / rates[3] for layer in range(4)] == pytest.approx(expected)
 
 

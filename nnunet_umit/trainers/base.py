@@ -32,6 +32,7 @@ from nnunet_umit.trainers.batches import (
     derive_seed,
     workers_for_shared_memory,
 )
+from nnunet_umit.trainers.cpu import keep_freed_memory, use_own_cores
 from nnunet_umit.trainers.guard import NonFiniteGuard, agreed
 from nnunet_umit.trainers.optimisation import LearningRateSchedule, adamw, parameter_groups
 from nnunet_umit.trainers.pictures import Panel, draw_progress
@@ -72,8 +73,9 @@ class UMITBaseTrainer(ResumableTrainer):
         self.progress = StepProgress(self.print_to_log_file, shown=self.local_rank == 0)
         if self.device.type == "cpu":
             use_own_cores()
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
-            self.grad_scaler = None  # bfloat16 has the range of float32: nothing to scale
+            keep_freed_memory()
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 8:
+            self.grad_scaler = None  # bfloat16 (emulated, slowly, on older GPUs) has float32's range: nothing to scale
 
     @property
     def config(self) -> TrainingConfig:
@@ -365,12 +367,6 @@ class UMITBaseTrainer(ResumableTrainer):
         if self.local_rank == 0:
             self.draw()
         self.current_epoch = done
-
-
-def use_own_cores() -> None:
-    """No more torch threads than cores this process may use: nnU-Net starts one for every core of the machine."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
 def finite_mean(values: Sequence[float]) -> float:

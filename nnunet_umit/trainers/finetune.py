@@ -196,7 +196,7 @@ class UMITTrainer(UMITBaseTrainer):
             self.initialize()
         report = getattr(self.unwrapped(), "transfer_report", None)
         if report is not None:
-            self.print_to_log_file(f"pre-trained weights: {report}")
+            self.print_to_log_file(f"pre-trained weights: {report}", also_print_to_console=False)  # printed already
         elif not self.continued:
             self.print_to_log_file("no pre-trained weights: training from scratch, without layer-wise decay")
         decay = self.config.layer_decay if self.describe_transfer() is not None else 1.0

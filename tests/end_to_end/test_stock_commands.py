@@ -1,5 +1,5 @@
-"""The journey with nnU-Net's own commands, as sub-processes, on one tiny dataset: plan, pre-train (killed and continued),
-fine-tune, validate, predict, evaluate."""
+"""The journey with nnU-Net's own commands, as sub-processes, on one tiny dataset: plan, pre-train (killed and
+continued), fine-tune, validate, predict, evaluate."""
 
 import json
 import os
