@@ -1,4 +1,4 @@
-"""Folders, plans and sub-processes of hippocampus_equal_time.py: prepare, probe, train, validate, go on after a kill."""
+"""Folders, plans and sub-processes of hippocampus_equal_time.py: prepare, probe, train, validate, continue."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """UNETR-style decoder (arXiv 2103.10504) and the segmentation network made of encoder and decoder.
 
 From token resolution the decoder climbs one halving at a time: narrow the channels, interpolate, join the skip
-feature, one SAC convolution: on small machines the decoder, not the transformer, is what costs. Skips come from the conv stem where it has that resolution, else from evenly
-spaced blocks of the transformer (blocks 3, 6, 9 of 12 for 16-voxel tokens, as in UNETR); with a patch stem the
-full-resolution skip is a convolution on the image itself. Levels and strides follow from token size and spacing.
+feature, one SAC convolution (on a CPU the decoder, not the transformer, is what costs). Skips come from the conv stem
+where it has that resolution, else from evenly spaced blocks of the transformer (blocks 3, 6, 9 of 12 for 16-voxel
+tokens, as in UNETR); with a patch stem the full-resolution skip is a convolution on the image itself. Levels and
+strides follow from token size and spacing.
 
 Shape legend: B batch, C channels, D H W voxels, E encoder width.
 """

@@ -1,0 +1,272 @@
+"""The journey with stock commands on real data: plan, pre-train (killed and continued), fine-tune, predict, score.
+
+    python -m benchmarks.journey --full [--dataset 4 --dataset 27 ...] [--work FOLDER]
+
+Planned and preprocessed are datasets 4, 27, 122, 123, 124 and 125; trained, with budgets of a few steps, are 4
+(isotropic), 27 (anisotropic), 122 (two channels) and 124 (2D). For each of them: pre-training in one go; the same
+killed with SIGKILL in the middle and continued with ``--c`` (loss curves and weights must agree bit for bit);
+fine-tuning of fold 0 from it; ``--val --npz``; prediction; evaluation. For 4 also find_best_configuration against a
+nnU-Net of its own plans (a few steps), ensemble, and export and import. Whatever is done is not done again.
+
+Claim: every stock command of the journey works. Nothing here measures accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import REPOSITORY, Results, data_root, parser, provenance, say, table, work_folder, write_json
+from nnunet_umit.cli.stock import find_command
+
+CLAIM = "plan, pre-train, kill, continue, fine-tune, predict and evaluate work with stock commands on real data"
+PLANNED = (4, 27, 122, 123, 124, 125)
+TRAINED = {4: "3d_fullres", 27: "3d_fullres", 122: "3d_fullres", 124: "2d"}
+BUDGET = {"epochs": 3, "iterations_per_epoch": 4, "val_iterations_per_epoch": 1}
+SHORT_TRAINER = '''"""nnU-Net's own trainer, a few steps long."""
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class nnUNetTrainerShort(nnUNetTrainer):
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
+        super().initialize()
+'''
+
+
+class Journey:
+    """Folders, commands and the list of what ran."""
+
+    def __init__(self, work: Path, results: Results) -> None:
+        self.data = data_root()
+        self.work = work
+        self.results = results
+        self.preprocessed = work / "nnUNet_preprocessed"
+        self.shim = work / "trainers"
+        self.shim.mkdir(parents=True, exist_ok=True)
+        (self.shim / "short_trainer.py").write_text(SHORT_TRAINER, encoding="utf-8")
+
+    def environment(self, results: str) -> dict[str, str]:
+        return os.environ | {
+            "nnUNet_raw": str(self.data),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.work / results),
+            "nnUNet_extTrainer": str(self.shim),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "2",
+            "OMP_NUM_THREADS": "2",
+        }
+
+    def run(self, key: str, *words: str | Path, results: str = "results", code: int = 0) -> None:
+        """Run one command once; its wall time goes into the results, its output into a log."""
+        if self.results.get(key) is not None:
+            return
+        began = time.monotonic()
+        log = self.log(key)
+        with log.open("w", encoding="utf-8") as file:
+            done = subprocess.run(
+                self.words(*words), env=self.environment(results), stdout=file, stderr=subprocess.STDOUT
+            )
+        if done.returncode != code:
+            raise RuntimeError(f"{key} ended with {done.returncode}, not {code}:\n{tail(log)}")
+        self.note(key, " ".join(map(str, words)), began)
+
+    def words(self, *words: str | Path) -> list[str]:
+        return [str(find_command(str(words[0]))), *map(str, words[1:])]
+
+    def log(self, key: str) -> Path:
+        folder = self.work / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / (key.replace("/", "_") + ".log")
+
+    def note(self, key: str, command: str, began: float, **more: Any) -> None:
+        wall = time.monotonic() - began
+        shown = command.replace(str(self.work), "WORK").replace(str(self.data), "DATA")
+        self.results.put(key, {"command": shown, "wall_s": wall, **more, **provenance()})
+        say(f"{key}: {wall:.0f} s")
+
+    def folder(self, dataset: int) -> Path:
+        return next(self.data.glob(f"Dataset{dataset:03d}_*"))
+
+    def model(self, dataset: int, trainer: str, results: str = "results") -> Path:
+        name = f"{trainer}__UMITPlans__{TRAINED[dataset]}"
+        return self.work / results / self.folder(dataset).name / name
+
+    def plan(self) -> None:
+        """Plan and preprocess everything, copy the grouped splits, set small budgets."""
+        numbers = [str(number) for number in PLANNED]
+        self.run("plan", "nnUNetv2_plan_and_preprocess", "-d", *numbers, "-pl", "UMITPlanner", "-np", "2", "-npfp", "2")
+        for dataset in PLANNED:
+            name = self.folder(dataset).name
+            shutil.copy(self.data / "splits" / f"{name}.json", self.preprocessed / name / "splits_final.json")
+            file = self.preprocessed / name / "UMITPlans.json"
+            plans = json.loads(file.read_text(encoding="utf-8"))
+            for configuration in plans["configurations"].values():
+                for section in ("pretrain", "finetune"):
+                    configuration["umit"][section].update(BUDGET)
+            write_json(file, plans)
+
+    def pretrain(self, dataset: int) -> None:
+        """One unbroken pre-training, and one that is killed in the middle and continued; both must be one curve."""
+        base = ["nnUNetv2_train", str(dataset), TRAINED[dataset], "all", "-device", "cpu"]
+        base += ["-tr", "UMITPretrainTrainer", "-p", "UMITPlans"]
+        self.run(f"{dataset}/pretrain", *base)
+        key = f"{dataset}/pretrain killed and continued"
+        if self.results.get(key) is not None:
+            return
+        began = time.monotonic()
+        fold = self.model(dataset, "UMITPretrainTrainer", "killed") / "fold_all"
+        shutil.rmtree(fold, ignore_errors=True)
+        epoch = self.kill(key, base, fold)
+        with self.log(key).open("a", encoding="utf-8") as file:
+            done = subprocess.run(
+                self.words(*base, "--c"), env=self.environment("killed"), stdout=file, stderr=subprocess.STDOUT
+            )
+        if done.returncode:
+            raise RuntimeError(f"--c ended with {done.returncode}:\n{tail(self.log(key))}")
+        whole = load(self.model(dataset, "UMITPretrainTrainer") / "fold_all" / "checkpoint_final.pth")
+        broken = load(fold / "checkpoint_final.pth")
+        for curve in ("train_losses", "val_losses"):
+            if whole["logging"][curve] != broken["logging"][curve]:
+                raise RuntimeError(f"{curve} differ: {whole['logging'][curve]} and {broken['logging'][curve]}")
+        same = all(torch.equal(v, broken["network_weights"][k]) for k, v in whole["network_weights"].items())
+        if not same:
+            raise RuntimeError("the loss curves agree, the weights do not")
+        self.note(key, " ".join(base) + " --c", began, killed_in_epoch=epoch, losses=broken["logging"]["train_losses"])
+
+    def kill(self, key: str, base: list[str], fold: Path) -> int:
+        """Start a pre-training and SIGKILL it some moments after its first epoch; returns the epoch it had reached."""
+        with self.log(key).open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                self.words(*base),
+                env=self.environment("killed"),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        while process.poll() is None and "Epoch 1" not in read(self.log(key)):
+            time.sleep(0.2)
+        time.sleep(random.Random(key).uniform(0.0, 2.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (fold / "checkpoint_final.pth").exists():
+            raise RuntimeError(f"{key}: the training ended before it could be killed; raise the budget")
+        return read(self.log(key)).count("Epoch time")
+
+    def finetune(self, dataset: int) -> None:
+        """Fine-tune fold 0 from the pre-training, validate again with softmax files, predict two images, evaluate."""
+        configuration, name = TRAINED[dataset], self.folder(dataset).name
+        base = ["nnUNetv2_train", str(dataset), configuration, "0", "-tr", "UMITTrainer", "-p", "UMITPlans"]
+        weights = self.model(dataset, "UMITPretrainTrainer") / "fold_all" / "checkpoint_final.pth"
+        self.run(f"{dataset}/finetune", *base, "-device", "cpu", "-pretrained_weights", weights)
+        self.run(f"{dataset}/validate", *base, "-device", "cpu", "--val", "--npz")
+        images, labels = self.work / "in" / name, self.work / "truth" / name
+        self.some_cases(dataset, images, labels)
+        out = self.work / "out" / name
+        model = ["-d", str(dataset), "-c", configuration, "-f", "0", "-tr", "UMITTrainer", "-p", "UMITPlans"]
+        self.run(
+            f"{dataset}/predict", "nnUNetv2_predict", *model, "-i", images, "-o", out, "-device", "cpu",
+            "-npp", "1", "-nps", "1", "--save_probabilities",
+        )  # fmt: skip
+        fold = self.model(dataset, "UMITTrainer")
+        self.run(
+            f"{dataset}/evaluate", "nnUNetv2_evaluate_folder", labels, out,
+            "-djfile", fold / "dataset.json", "-pfile", fold / "plans.json",
+        )  # fmt: skip
+
+    def some_cases(self, dataset: int, images: Path, labels: Path) -> None:
+        """Link the first two validation cases of fold 0."""
+        source = self.folder(dataset)
+        split = json.loads((self.data / "splits" / f"{source.name}.json").read_text(encoding="utf-8"))
+        for folder in (images, labels):
+            folder.mkdir(parents=True, exist_ok=True)
+        for case in split[0]["val"][:2]:
+            files = [(f, images) for f in (source / "imagesTr").glob(f"{case}_[0-9][0-9][0-9][0-9].*")]
+            files += [(f, labels) for f in (source / "labelsTr").glob(f"{case}.*")]
+            for file, folder in files:
+                if not (folder / file.name).exists():
+                    (folder / file.name).symlink_to(file)
+
+    def compare(self) -> None:
+        """Dataset 4 only: best configuration against nnU-Net's own plans, ensemble, export and import."""
+        self.run("4/stock plan", "nnUNetv2_plan_experiment", "-d", "4")
+        self.run("4/stock preprocess", "nnUNetv2_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "2")
+        stock = ["nnUNetv2_train", "4", "3d_fullres", "0", "-device", "cpu", "--npz"]
+        self.run("4/stock train", *stock, "-tr", "nnUNetTrainerShort")
+        for name in ("UMITTrainer__UMITPlans", "nnUNetTrainerShort__nnUNetPlans"):
+            if not (self.work / "results" / self.folder(4).name / f"{name}__3d_fullres" / "fold_0").is_dir():
+                raise RuntimeError(f"{name} was not trained")
+        self.run(
+            "4/find best", "nnUNetv2_find_best_configuration", "4", "-p", "UMITPlans", "nnUNetPlans",
+            "-tr", "UMITTrainer", "nnUNetTrainerShort", "-c", "3d_fullres", "-f", "0", "-np", "2",
+        )  # fmt: skip
+        name = self.folder(4).name
+        stock_out = self.work / "out_stock" / name
+        self.run(
+            "4/stock predict", "nnUNetv2_predict", "-d", "4", "-c", "3d_fullres", "-f", "0",
+            "-tr", "nnUNetTrainerShort", "-i", self.work / "in" / name, "-o", stock_out, "-device", "cpu",
+            "-npp", "1", "-nps", "1", "--save_probabilities",
+        )  # fmt: skip
+        self.run(
+            "4/ensemble", "nnUNetv2_ensemble", "-i", self.work / "out" / name, stock_out,
+            "-o", self.work / "ensemble", "-np", "2",
+        )  # fmt: skip
+        archive = self.work / "model.zip"
+        self.run(
+            "4/export", "nnUNetv2_export_model_to_zip", "-d", "4", "-o", archive, "-c", "3d_fullres",
+            "-tr", "UMITTrainer", "-p", "UMITPlans", "-f", "0",
+        )  # fmt: skip
+        self.run("4/import", "nnUNetv2_install_pretrained_model_from_zip", archive, results="imported")
+        self.run(
+            "4/predict imported", "nnUNetv2_predict", "-d", "4", "-c", "3d_fullres", "-f", "0", "-tr", "UMITTrainer",
+            "-p", "UMITPlans", "-i", self.work / "in" / name, "-o", self.work / "out_imported", "-device", "cpu",
+            "-npp", "1", "-nps", "1", results="imported",
+        )  # fmt: skip
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, read without executing code."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(log: Path) -> str:
+    """A log so far."""
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(read(log).splitlines()[-25:])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is not done yet, then print the table."""
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--dataset", type=int, action="append", choices=sorted(TRAINED), help="default: all")
+    options_parser.add_argument("--work", default=None, help="scratch folder")
+    options = options_parser.parse_args(arguments)
+    results = Results("journey", CLAIM, options.results)
+    journey = Journey(work_folder(options.work) / "journey", results)
+    journey.plan()
+    chosen = options.dataset or ([4] if options.quick else list(TRAINED))
+    for dataset in chosen:
+        journey.pretrain(dataset)
+        journey.finetune(dataset)
+    if 4 in chosen:
+        journey.compare()
+    rows = [[key, f"{run['wall_s']:.0f}", run["command"][:90]] for key, run in results.runs.items()]
+    say(table(["step", "wall s", "command"], rows))
+    say(f"Results: {results.path.relative_to(REPOSITORY) if results.path.is_relative_to(REPOSITORY) else results.path}")
+
+
+if __name__ == "__main__":
+    main()
