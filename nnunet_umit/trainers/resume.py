@@ -166,6 +166,7 @@ class ResumableTrainer(nnUNetTrainer):
             group.update(values)
 
     def name_last_good(self) -> str:
+        """A sentence for errors: which file still holds a good state."""
         for name in (checkpoints.LATEST, checkpoints.BEST):
             if (Path(self.output_folder) / name).is_file():
                 return f"The last good state is kept in {Path(self.output_folder) / name}."
