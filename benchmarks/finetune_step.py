@@ -18,18 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import (
-    Results,
-    interleaved,
-    paired_ratio,
-    parser,
-    provenance,
-    repeat_line,
-    say,
-    step_table,
-    summarise,
-    verdict,
-)
+from benchmarks.common import Results, parser, prepare_torch, provenance, say, verdict
+from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table, summarise
 
 CLAIM = "CPU seconds of a UMIT fine-tuning step <= 0.35 x PlainConvUNet at equal batch and patch"
 BAR = 0.35
@@ -173,8 +163,8 @@ def make_step(
     return step
 
 
-def measure(batch: int, plan: dict[str, Any], repeats: int, warmup: int) -> dict[str, Any]:
-    """All three networks at one batch size, on the patch of the UMIT plan."""
+def measure(batch: int, plan: dict[str, Any], repeats: int, warmup: int, kept: bool) -> dict[str, Any]:
+    """All three networks at one batch size, on the patch of the UMIT plan; ``kept`` is only noted."""
     patch = list(plan["patch_size"])
     torch.manual_seed(0)
     networks = {"PlainConvUNet": build(NNUNET_PLAN), "Primus-S": build_primus_s(patch), "UMIT": build(plan)}
@@ -186,6 +176,7 @@ def measure(batch: int, plan: dict[str, Any], repeats: int, warmup: int) -> dict
         "batch_size": batch,
         "patch_size": patch,
         "threads": torch.get_num_threads(),
+        "keeps_freed_memory": kept,
         "umit_arch_kwargs": plan["architecture"]["arch_kwargs"],
         "arms": {
             name: summarise(samples[name])
@@ -216,17 +207,17 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser.add_argument("--plans", default=None, help="UMITPlans.json (default: the plan in this file)")
     options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3, full 15)")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    kept = prepare_torch(options)
     plan = read_plan(options.plans)
     results = Results("finetune_step", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
     batches = [2] if options.quick else sorted({plan["batch_size"], NNUNET_PLAN["batch_size"]})
     repeats = options.repeats or (3 if options.quick else 15)
     for batch in batches:
-        key = f"{mode}/batch{batch}/threads{options.threads}"
+        key = f"{mode}/batch{batch}/threads{options.threads}" + ("/kept" if kept else "")
         if results.get(key) is None or options.again:
             say(f"{key} ...")
-            results.put(key, measure(batch, plan, repeats, warmup=1 if options.quick else 2))
+            results.put(key, measure(batch, plan, repeats, 1 if options.quick else 2, kept))
         say(report(results.get(key)))
 
 

@@ -26,19 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import (
-    REPOSITORY,
-    Results,
-    interleaved,
-    paired_ratio,
-    parser,
-    provenance,
-    repeat_line,
-    say,
-    step_table,
-    summarise,
-    verdict,
-)
+from benchmarks.common import REPOSITORY, Results, parser, prepare_torch, provenance, say, verdict
+from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table, summarise
 
 CLAIM = "CPU seconds of an MAE step <= 0.8 x MONAI MaskedAutoEncoderViT at equal width, depth, tokens, mask ratio, fp32"
 BAR = 0.8
@@ -137,17 +126,15 @@ def make_step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], No
     return step
 
 
-def measure(
-    monai_class: Any, image_size: tuple[int, ...], repeats: int, warmup: int, encoder: dict[str, int] = ENCODER
-) -> dict[str, Any]:
-    """All arms on images of one size."""
+def measure(monai_class: Any, image_size: tuple[int, ...], repeats: int, warmup: int, kept: bool) -> dict[str, Any]:
+    """All arms on images of one size; ``kept`` is only noted."""
     torch.manual_seed(0)
     image = torch.randn(BATCH, 1, *image_size)
     networks = {
-        REFERENCE: build_monai(monai_class, image_size, encoder, DECODER),
-        OURS: build_ours("patch", encoder, DECODER),
-        "UMIT, narrow decoder": build_ours("patch", encoder, NARROW),
-        "UMIT, narrow decoder, conv stem": build_ours("conv", encoder, NARROW),
+        REFERENCE: build_monai(monai_class, image_size, ENCODER, DECODER),
+        OURS: build_ours("patch", ENCODER, DECODER),
+        "UMIT, narrow decoder": build_ours("patch", ENCODER, NARROW),
+        "UMIT, narrow decoder, conv stem": build_ours("conv", ENCODER, NARROW),
     }
 
     def arm(name: str, network: nn.Module) -> Callable[[], None]:
@@ -160,12 +147,13 @@ def measure(
     return {
         "image_size": list(image_size),
         "tokens": image_size[0] * image_size[1] * image_size[2] // TOKEN**3,
-        "encoder": encoder,
+        "encoder": ENCODER,
         "decoder": DECODER,
         "narrow_decoder": NARROW,
         "mask_ratio": MASK_RATIO,
         "batch_size": BATCH,
         "threads": torch.get_num_threads(),
+        "keeps_freed_memory": kept,
         "optimiser": {"class": "torch.optim.AdamW", **OPTIMISER},
         "arms": {
             name: summarise(samples[name])
@@ -197,16 +185,16 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser.add_argument("--monai", default=None, help="folder that MONAI was installed into (or $UMIT_MONAI)")
     options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3 and 1, full 15)")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    kept = prepare_torch(options)
     results = Results("mae_step", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
     for tokens, image_size in IMAGES.items():
-        key = f"{mode}/tokens{tokens}/threads{options.threads}"
+        key = f"{mode}/tokens{tokens}/threads{options.threads}" + ("/kept" if kept else "")
         if results.get(key) is None or options.again:
             monai_class = import_monai(options.monai)
             say(f"{key} ...")
             repeats = options.repeats or ((3 if tokens == 512 else 1) if options.quick else 15)
-            results.put(key, measure(monai_class, image_size, repeats, warmup=1 if options.quick else 2))
+            results.put(key, measure(monai_class, image_size, repeats, 1 if options.quick else 2, kept))
         say(report(results.get(key)))
 
 

@@ -20,9 +20,13 @@ from benchmarks import (
     finetune_step,
     hippocampus_equal_time,
     mae_step,
+    timing,
     transfer_matrix,
 )
-from benchmarks.common import Results, Sample
+from benchmarks.common import Results
+from benchmarks.timing import Sample
+from nnunet_umit.architectures.encoder import SIZES
+from nnunet_umit.plans import layout
 from nnunet_umit.spacing import token_grid
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -32,7 +36,7 @@ TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 def test_every_repeat_runs_every_arm_once_and_the_first_arm_rotates():
     calls: list[str] = []
     arms = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    samples = common.interleaved(arms, repeats=3, warmup=1)
+    samples = timing.interleaved(arms, repeats=3, warmup=1)
     assert calls[:3] == ["a", "b", "c"]
     assert calls[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
@@ -41,24 +45,24 @@ def test_every_repeat_runs_every_arm_once_and_the_first_arm_rotates():
 @pytest.mark.parametrize(("arms", "repeats"), [({}, 3), ({"a": list}, 0)])
 def test_timing_nothing_is_refused(arms, repeats):
     with pytest.raises(ValueError, match="at least one arm and one repeat"):
-        common.interleaved(arms, repeats)
+        timing.interleaved(arms, repeats)
 
 
 def test_cpu_seconds_count_work_and_not_sleep():
-    asleep = common.timed(lambda: time.sleep(0.05))
+    asleep = timing.timed(lambda: time.sleep(0.05))
     assert asleep.wall >= 0.05 > asleep.cpu
-    busy = common.timed(lambda: sum(range(2_000_000)))
+    busy = timing.timed(lambda: sum(range(2_000_000)))
     assert busy.cpu > 0
 
 
 def test_spread_and_paired_ratio():
-    assert common.spread([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "min": 2.0, "max": 2.0}
-    assert common.spread([1.0, 2.0, 3.0, 4.0, 5.0])["q3"] == 4.0
+    assert timing.spread([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "min": 2.0, "max": 2.0}
+    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0])["q3"] == 4.0
     slow = [Sample(wall=2.0, cpu=4.0), Sample(wall=20.0, cpu=40.0)]
     fast = [Sample(wall=1.0, cpu=1.0), Sample(wall=10.0, cpu=10.0)]
-    assert common.paired_ratio(fast, slow)["cpu"]["median"] == 0.25, "the noisy repeat cancels within its pair"
+    assert timing.paired_ratio(fast, slow)["cpu"]["median"] == 0.25, "the noisy repeat cancels within its pair"
     with pytest.raises(ValueError, match="not paired: 2 samples against 1"):
-        common.paired_ratio(fast, slow[:1])
+        timing.paired_ratio(fast, slow[:1])
 
 
 def test_provenance_names_versions_but_no_host_and_no_path():
@@ -308,6 +312,9 @@ def test_the_umit_plan_of_the_benchmark_is_a_valid_plan():
     network: Any = finetune_step.build(finetune_step.UMIT_PLAN)
     assert network.decoder.deep_supervision
     assert finetune_step.UMIT_PLAN["patch_size"] == finetune_step.NNUNET_PLAN["patch_size"]
+    kwargs = finetune_step.UMIT_PLAN["architecture"]["arch_kwargs"]
+    assert kwargs["stem_channels"] == layout.STEM_CHANNELS and kwargs["decoder_channels"] == layout.DECODER_CHANNELS
+    assert {name: kwargs[name] for name in SIZES["XS"]} == SIZES["XS"], "the planner has moved on: update UMIT_PLAN"
 
 
 def test_a_fine_tuning_step_trains_all_parameters():

@@ -139,9 +139,7 @@ def test_network_size_follows_the_data_and_says_why() -> None:
 
 
 @pytest.fixture
-def invent(
-    nnunet_env: Any, make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., str]:
+def invent(nnunet_env: Any, make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Makes a tiny raw dataset whose fingerprint claims any shape and spacing (reader order); returns its name."""
     # nnU-Net lists the files with twelve processes; one case is enough to find the reader.
     monkeypatch.setattr(default_experiment_planner, "get_filenames_of_train_images_and_targets", _first_case)
@@ -355,9 +353,7 @@ def test_stale_configurations_go_and_own_ones_stay(
         ("label", r"case_000\.nii\.gz: label value 7 in .* declares \[0, 1, 2\]"),
     ],
 )
-def test_preprocessor_refuses_damaged_cases(
-    make_dataset: Callable[..., Path], corruption: str, message: str
-) -> None:
+def test_preprocessor_refuses_damaged_cases(make_dataset: Callable[..., Path], corruption: str, message: str) -> None:
     plans, dataset_json = _small_plans()
     damaged = make_dataset(cases=1, shape=(16, 16, 16), corruptions={0: corruption})
     images, label = [str(damaged / "imagesTr" / "case_000_0000.nii.gz")], str(damaged / "labelsTr" / "case_000.nii.gz")

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_umit.architectures.transfer import load_state
 from nnunet_umit.trainers import checkpoint as checkpoints
+from nnunet_umit.trainers.base import use_own_cores
 from nnunet_umit.trainers.checkpoint import CheckpointError, read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer, confusion, mirrored_axes
 from nnunet_umit.trainers.guard import NonFiniteGuard, NonFiniteLossError
@@ -341,21 +343,13 @@ def test_the_plan_counts_when_it_changed(pretrained: tuple[dict, Path]) -> None:
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
-def spoil(nnunet_env: Any, plans: dict, cases: tuple[int, ...]) -> None:
-    """Put NaN into preprocessed images."""
-    import blosc2
-
-    for index in cases:
-        path = nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres" / f"case_{index:03d}.b2nd"
-        image = blosc2.open(str(path), mode="r")[:]
-        path.unlink()
-        image[:] = np.nan
-        blosc2.asarray(image, urlpath=str(path))
+def case_file(nnunet_env: Any, index: int) -> Path:
+    return nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres" / f"case_{index:03d}.b2nd"
 
 
 def test_a_broken_image_is_named_and_its_steps_are_skipped(prepare: Callable[..., dict], nnunet_env: Any) -> None:
     plans = prepare(finetune={"iterations_per_epoch": 8}, batch=2)
-    spoil(nnunet_env, plans, (1,))
+    tiny.spoil(case_file(nnunet_env, 1))
     trainer = tiny.make_trainer(UMITTrainer, plans)
     trainer.run_training()
     assert 0 < trainer.guard.total < 16
@@ -372,7 +366,8 @@ def test_too_many_broken_steps_stop_the_training(
     prepare: Callable[..., dict], nnunet_env: Any, trainer_class: type
 ) -> None:
     plans = prepare(**{trainer_class.section: {"max_nonfinite": 2}})
-    spoil(nnunet_env, plans, (0, 1, 2, 3))
+    for index in range(4):
+        tiny.spoil(case_file(nnunet_env, index))
     trainer = tiny.make_trainer(trainer_class, plans)
     with pytest.raises(NonFiniteLossError, match=r"2 steps in a row \(limit: max_nonfinite = 2.*checkpoint_latest"):
         trainer.run_training()
@@ -438,6 +433,13 @@ def test_missing_folders_and_cases_name_the_remedy(
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(RuntimeError, match="nnUNet_results is not set"):
         tiny.make_trainer(UMITTrainer, plans)
+
+
+def test_threads_are_limited_to_own_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    torch.set_num_threads(2)
+    use_own_cores()
+    assert torch.get_num_threads() == 1
 
 
 def test_too_few_cases_for_folds_are_explained(prepare: Callable[..., dict]) -> None:
@@ -644,12 +646,8 @@ def test_variance_explained_allows_for_constant_patches() -> None:
 
 
 def test_a_constant_image_trains(prepare: Callable[..., dict], nnunet_env: Any) -> None:
-    import blosc2
-
     plans = prepare(cases=1)
-    path = nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres" / "case_000.b2nd"
-    path.unlink()
-    blosc2.asarray(np.zeros((1, 18, 20, 22), np.float32), urlpath=str(path))
+    tiny.spoil(case_file(nnunet_env, 0), value=0.0)
     trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
     trainer.run_training()
     trainer.perform_actual_validation()

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import synthetic
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_umit.spacing import Anisotropy
 
@@ -120,20 +121,26 @@ def write_preprocessed(
         locations: dict[Any, np.ndarray] = {value: np.argwhere(label[None] == value) for value in (1, 2)}
         if ignore is not None:  # nnU-Net's key for all annotated voxels
             locations[(-1, *range(ignore))] = np.argwhere(label[None] != ignore)
-        blocks, chunks = comp_blosc2_params(image.shape, configuration["patch_size"])
         nnUNetDatasetBlosc2.save_case(
             image.astype(np.float32),
             label[None].astype(np.int16),
             {"spacing": spacing, "class_locations": locations},
             str(target / f"case_{index:03d}"),
-            chunks=chunks,
-            blocks=blocks,
+            chunks=image.shape,
+            blocks=image.shape,
         )
     description = dataset_json(channels, cases)
     (base / "dataset.json").write_text(json.dumps(description))
     (base / "dataset_fingerprint.json").write_text("{}")
     (base / f"{plans['plans_name']}.json").write_text(json.dumps(plans))
     return target
+
+
+def spoil(path: Path, value: float = np.nan) -> None:
+    """Replace every voxel of a preprocessed case."""
+    image = np.full_like(blosc2.open(str(path), mode="r")[:], value)
+    path.unlink()
+    blosc2.asarray(image, urlpath=str(path))
 
 
 def dataset_json(channels: int = 1, cases: int = 4) -> dict[str, Any]:

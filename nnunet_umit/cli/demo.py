@@ -95,16 +95,20 @@ class _Journey:
         self.data = data
         self.out = out
         self.device = device
+        self.virtual = data.name == demo_data.VIRTUAL
         self.configuration = "2d" if _is_planar(data) else "3d_fullres"
         self.budget = Budget(pretrain_steps=0, finetune_steps=0)
 
     def plan(self, minutes: float) -> None:
         """Plan and preprocess, then put the small budget and the one fold into the preprocessed folder."""
-        options = ["-c", self.configuration, "-np", "2", "-npfp", "2", "--verify_dataset_integrity"]
+        # Each worker process first imports PyTorch; for the tiny virtual subjects one is faster than two.
+        options = (
+            ["-np", "1", "-npfp", "1"] if self.virtual else ["-np", "2", "-npfp", "2", "--verify_dataset_integrity"]
+        )
         self.runner.run(
             "plan and preprocess",
             "nnUNetv2_plan_and_preprocess",
-            *("-d", self.data.identifier, "-pl", "UMITPlanner", *options),
+            *("-d", self.data.identifier, "-pl", "UMITPlanner", "-c", self.configuration, *options),
             environment=self._environment("planning"),
         )
         folder = self.out / "nnUNet_preprocessed" / self.data.name

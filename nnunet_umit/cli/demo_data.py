@@ -13,6 +13,7 @@ from nnunet_umit.cli.virtual_subjects import ISOTROPIC, LABELS, THICK
 
 LABELLED, VALIDATION, UNLABELLED, TEST = 4, 1, 11, 4
 """Cases for each use: labels trained on, validation of the fine-tuning, images only, held out."""
+VIRTUAL = "Dataset900_VirtualSubjects"
 
 
 class DemoError(RuntimeError):
@@ -97,7 +98,7 @@ def virtual_dataset(raw: Path, *, scale: float = 1.0, seed: int = 2009) -> DemoD
         use: max(min(count, 2), round(scale * count))
         for use, count in (("tr", LABELLED), ("va", VALIDATION), ("un", UNLABELLED), ("ts", TEST))
     }
-    folder = raw / "Dataset900_VirtualSubjects"
+    folder = raw / VIRTUAL
     try:
         template = virtual_subjects.load_template()
     except ModuleNotFoundError as error:

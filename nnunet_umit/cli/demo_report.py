@@ -171,7 +171,7 @@ def draw_picture(
     for axis in axes.flat:
         axis.set_axis_off()
     for row, (case, view, (image, masks, spacing, _)) in enumerate(zip(shown, views, loaded, strict=True)):
-        low, high = np.percentile(image, (0.5, 99.5))
+        low, high = np.percentile(image, (0.5, 99.9))
         group = next((name for name, cases in data.groups.items() if case in cases), "")
         titles = [f"{case}\n{group}".strip(), "truth"]
         titles += [f"{arm}\nDice {scores[arm].cases[case]:.2f}" for arm in predictions]
@@ -193,7 +193,7 @@ def draw_picture(
 
 
 def _draw_reconstruction(axes: list[Any], picture: Reconstruction, view: View) -> None:
-    limits = tuple(np.percentile(picture.image, (0.5, 99.5)))
+    limits = tuple(np.percentile(picture.image, (0.5, 99.9)))
     difference = np.abs(picture.filled - picture.image)
     for axis, title, volume in zip(
         axes,

@@ -56,7 +56,7 @@ def _training_steps(
     from nnunet_umit.architectures.unetr import UMITSegmenter
 
     torch.set_num_threads(1)
-    # glibc keeps freed blocks of up to 32 MB for itself and fragments them: up to a third more, and not what is asked.
+    # glibc keeps freed blocks of up to 32 MB for itself and fragments them: up to 40 % more, and not what is asked.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
     def steps(patch: tuple[int, ...], **kwargs: Any) -> None:

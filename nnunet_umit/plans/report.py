@@ -54,9 +54,7 @@ def heads_and_channels(plans_file: str | os.PathLike[str]) -> tuple[int, int]:
     return segmentation_heads(dataset_json), image_channels(dataset_json)
 
 
-def table_rows(
-    plans: Mapping[str, Any], heads: int, channels: int, with_cpu: bool = False
-) -> list[tuple[str, ...]]:
+def table_rows(plans: Mapping[str, Any], heads: int, channels: int, with_cpu: bool = False) -> list[tuple[str, ...]]:
     """One row per configuration with an architecture of its own, in the order of `COLUMNS`, then `CPU_COLUMN`."""
     rows: list[tuple[str, ...]] = []
     for name, configuration in plans["configurations"].items():

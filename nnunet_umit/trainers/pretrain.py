@@ -203,7 +203,7 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         if explained:
             title += (
                 f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
-                f"{100 * explained[-1]:.0f} % of the variance explained"
+                f"{round(100 * explained[-1])} % of the variance explained"
             )
         draw_reconstructions(
             samples, self.configuration_manager.spacing, Path(self.output_folder) / "reconstructions.png", title

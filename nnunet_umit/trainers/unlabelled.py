@@ -28,7 +28,8 @@ class UnlabelledBlosc2(nnUNetDatasetBlosc2):
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict[str, None]]:
         """Image (C, z, y, x), lazily read; zeros in place of labels, no previous stage, no locations."""
         path = os.path.join(self.source_folder, identifier + ".b2nd")
-        data = blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
+        mapped = {} if os.name == "nt" else {"mmap_mode": "r"}  # memory maps of blosc2 fail on Windows (nnU-Net #2723)
+        data = blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **mapped)
         return data, _no_segmentation(data.shape), None, {"class_locations": None}
 
 
