@@ -1,7 +1,7 @@
 """Timing of single steps.
 
-- Arms are timed *interleaved* (one repeat runs every arm once, in rotating order), so that a noisy neighbour hits all of
-  them alike, and ratios are taken *within* a repeat before the median is formed.
+- Arms are timed *interleaved* (one repeat runs every arm once, in rotating order), so that a noisy neighbour hits all
+  of them alike, and ratios are taken *within* a repeat before the median is formed.
 - Wall seconds and CPU seconds are both kept. CPU seconds are the process CPU time, threads included
   (``time.process_time``); they hold still on a busy machine where wall seconds do not.
 """

@@ -1,12 +1,15 @@
 """Fixtures that every room's tests share."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import synthetic
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed package is tested
 
 SMALL_MACHINE = {  # nnU-Net with as few processes and threads as it accepts
     "nnUNet_def_n_proc": "1",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from nnunet_umit.architectures.encoder import SIZES, SACViT
 from nnunet_umit.architectures.masking import random_masking
-from nnunet_umit.architectures.rope import gather_table, rotary_angles, rotary_table, rotate
+from nnunet_umit.architectures.rope import gather_table, rotary_angles, rotary_table, rotate, rotate_plainly
 from nnunet_umit.architectures.transformer import Attention, Transformer, drop_path
 from nnunet_umit.spacing import TokenGrid
 
@@ -21,7 +21,10 @@ SPACINGS = [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (5.0, 0.8, 0.8), (40.0, 1.0, 1.0)]
 
 def rotated(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     angles = rotary_angles(positions, heads.shape[-1])
-    return rotate(heads, gather_table(torch.stack((angles.cos(), angles.sin())), None))
+    table = gather_table(torch.stack((angles.cos(), angles.sin())), None)
+    turned = rotate(heads.float(), table.float())
+    torch.testing.assert_close(turned, rotate_plainly(heads.float(), table.float()))
+    return rotate_plainly(heads, table)
 
 
 def test_rotary_scores_depend_on_the_shift_only() -> None:

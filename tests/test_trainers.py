@@ -23,7 +23,8 @@ from nnunet_umit.trainers.base import use_own_cores
 from nnunet_umit.trainers.checkpoint import CheckpointError, read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer, confusion, mirrored_axes
 from nnunet_umit.trainers.guard import NonFiniteGuard, NonFiniteLossError
-from nnunet_umit.trainers.pretrain import UMITPretrainTrainer, summarise
+from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+from nnunet_umit.trainers.summary import summarise
 
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 TRAINERS = (UMITPretrainTrainer, UMITTrainer)
@@ -411,6 +412,10 @@ def test_unknown_configuration_cascade_and_unknown_key_are_refused(prepare: Call
     plans = prepare()
     with pytest.raises(ValueError, match="no configuration '3d_lowres'; they have 3d_fullres"):
         UMITTrainer(copy.deepcopy(plans), "3d_lowres", 0, tiny.dataset_json(), torch.device("cpu"))
+    small = copy.deepcopy(plans)
+    small["configurations"]["3d_fullres"]["patch_size"][1] = 3
+    with pytest.raises(ValueError, match="smaller than one token .* along axis 1"):
+        tiny.make_trainer(UMITTrainer, small)
     cascade = copy.deepcopy(plans)
     cascade["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
     with pytest.raises(NotImplementedError, match="cascade"):

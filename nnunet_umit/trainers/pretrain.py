@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -26,7 +25,7 @@ from nnunet_umit.config import PretrainConfig, get_umit_config
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.batches import derive_seed
 from nnunet_umit.trainers.pictures import Panel, Reconstruction, draw_reconstructions
-from nnunet_umit.trainers.resume import versions
+from nnunet_umit.trainers.summary import describe_encoder, summarise, write_json
 from nnunet_umit.trainers.unlabelled import NoLabels, unlabelled
 
 CROPS_PER_CASE = 4  # random crops that the final masked loss of a case is the mean of
@@ -242,7 +241,7 @@ class UMITPretrainTrainer(UMITBaseTrainer):
 
     def _score(self, dataset: Any, case: str) -> dict[str, float]:
         """Masked loss and variance explained of one case, from crops and masks that its name determines."""
-        seed = derive_seed(self.config.seed, f"case {case}")
+        seed = derive_seed(self.seed, f"case {case}")
         random = np.random.RandomState(seed % 2**32)
         images = torch.cat([self._crop(dataset, case, random) for _ in range(CROPS_PER_CASE)])
         outputs = []
@@ -264,7 +263,7 @@ class UMITPretrainTrainer(UMITBaseTrainer):
             "method": "masked autoencoder",
             "mask_ratio": self.config.mask_ratio,
             "crops_per_case": CROPS_PER_CASE,
-            "seed": self.config.seed,
+            "seed": self.seed,
             "mean": mean,
             "metric_per_case": rows,
         }
@@ -273,58 +272,8 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No encoder.safetensors written, checkpointing is disabled")
         else:
-            save_encoder(self.autoencoder().encoder, folder, self._card(mean, len(rows)))
+            save_encoder(self.autoencoder().encoder, folder, describe_encoder(self, mean, len(rows)))
         self.print_to_log_file("Validation complete", also_print_to_console=True)
         self.print_to_log_file(
             f"Mean masked loss: {mean['masked_loss']:.4f}, variance explained: {100 * mean['variance_explained']:.1f} %"
         )
-
-    def _card(self, mean: dict[str, float], validated: int) -> dict[str, Any]:
-        """What a stranger must know about the encoder's weights."""
-        manager = self.configuration_manager
-        training, _ = self.do_split()
-        licence = self.dataset_json.get("licence", self.dataset_json.get("license"))
-        return {
-            "method": "masked autoencoder (arXiv 2203.05573) on a spacing-adaptive transformer (arXiv 2312.07630)",
-            "data": {
-                "dataset": self.plans_manager.dataset_name,
-                "configuration": self.configuration_name,
-                "fold": self.fold,
-                "training_cases": len(training),
-                "channels": self.dataset_json.get("channel_names", self.dataset_json.get("modality")),
-            },
-            "licence": licence if licence else "unknown: dataset.json names none",
-            "spacing": list(manager.spacing),
-            "patch_size": list(manager.patch_size),
-            "normalisation": list(manager.normalization_schemes),
-            "intensity_properties": self.plans_manager.foreground_intensity_properties_per_channel,
-            "input_channels": self.num_input_channels,
-            "architecture": dict(manager.network_arch_init_kwargs),
-            "pretrain": self.umit.to_dict()["pretrain"],
-            "epochs_done": self.current_epoch,
-            "metrics": {**mean, "validation_cases": validated},
-            "versions": versions(),
-        }
-
-
-def summarise(outputs: list[dict[str, float]]) -> tuple[float, float]:
-    """Mean masked loss, and the share of the targets' variance that is explained.
-
-    Targets have variance 1 except where patches are constant, so the share is 1 - loss there and slightly less with
-    constant patches, whose target is zero and whose prediction is free.
-
-    Args:
-        outputs: ``loss`` and ``power`` (the loss of predicting zero) of several batches.
-    """
-    finite = [output for output in outputs if math.isfinite(output["loss"])]
-    loss, power = (finite_mean([output[name] for output in finite]) for name in ("loss", "power"))
-    if not finite or power <= 0:  # nothing but constant patches: nothing to explain
-        return loss, math.nan if not finite else 0.0
-    return loss, 1.0 - loss / power
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Readable JSON; the file is replaced in one step."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -10,13 +10,15 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_umit.config import UMITConfig, get_umit_config
+from nnunet_umit.plans.sizing import check_patch, token_shape
+from nnunet_umit.spacing import Anisotropy
 
 
 def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
     """The umit block of a configuration.
 
     Raises:
-        ValueError: plans of another planner, or a configuration that does not exist.
+        ValueError: plans of another planner, a configuration that does not exist, or a patch smaller than one token.
         NotImplementedError: a cascade.
     """
     names = list(plans["configurations"])
@@ -26,6 +28,8 @@ def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
         )
     manager = PlansManager(plans).get_configuration(configuration)
     umit = get_umit_config(manager)
+    network = manager.network_arch_init_kwargs
+    check_patch(manager.patch_size, token_shape(network["token_size"], Anisotropy.from_spacing(network["spacing"])))
     if manager.previous_stage_name is not None:
         raise NotImplementedError(
             f"configuration {configuration!r} is the second stage of a cascade, which UMIT trainers do not support: "

@@ -1,0 +1,69 @@
+"""Numbers and words at the end of a pre-training."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunet_umit.trainers.base import finite_mean
+from nnunet_umit.trainers.resume import versions
+
+
+def summarise(outputs: list[dict[str, float]]) -> tuple[float, float]:
+    """Mean masked loss, and the share of the targets' variance that is explained.
+
+    Targets have variance 1 except where patches are constant, so the share is 1 - loss there and slightly less with
+    constant patches, whose target is zero and whose prediction is free.
+
+    Args:
+        outputs: ``loss`` and ``power`` (the loss of predicting zero) of several batches.
+    """
+    finite = [output for output in outputs if math.isfinite(output["loss"])]
+    loss, power = (finite_mean([output[name] for output in finite]) for name in ("loss", "power"))
+    if not finite or power <= 0:  # nothing but constant patches: nothing to explain
+        return loss, math.nan if not finite else 0.0
+    return loss, 1.0 - loss / power
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Readable JSON; the file is replaced in one step."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> dict[str, Any]:
+    """The card: what a stranger must know about the weights of an encoder.
+
+    Args:
+        trainer: the ``UMITPretrainTrainer`` that made them.
+        mean: final masked loss and variance explained.
+        validated: number of cases that these are the mean of.
+    """
+    manager = trainer.configuration_manager
+    training, _ = trainer.do_split()
+    licence = trainer.dataset_json.get("licence", trainer.dataset_json.get("license"))
+    return {
+        "method": "masked autoencoder (arXiv 2203.05573) on a spacing-adaptive transformer (arXiv 2312.07630)",
+        "data": {
+            "dataset": trainer.plans_manager.dataset_name,
+            "configuration": trainer.configuration_name,
+            "fold": trainer.fold,
+            "training_cases": len(training),
+            "channels": trainer.dataset_json.get("channel_names", trainer.dataset_json.get("modality")),
+        },
+        "licence": licence if licence else "unknown: dataset.json names none",
+        "spacing": list(manager.spacing),
+        "patch_size": list(manager.patch_size),
+        "normalisation": list(manager.normalization_schemes),
+        "intensity_properties": trainer.plans_manager.foreground_intensity_properties_per_channel,
+        "input_channels": trainer.num_input_channels,
+        "architecture": dict(manager.network_arch_init_kwargs),
+        "pretrain": trainer.umit.to_dict()["pretrain"],
+        "epochs_done": trainer.current_epoch,
+        "metrics": {**mean, "validation_cases": validated},
+        "versions": versions(),
+    }
