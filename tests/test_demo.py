@@ -264,22 +264,32 @@ def test_success_is_timed_and_told_in_plain_lines(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_interrupted_command_does_not_live_on(tmp_path):
-    marker = tmp_path / "still_alive"
     code = (
-        "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3); open({str(marker)!r}, \"w\")'])\n"
-        "print('started', flush=True)\ntime.sleep(60)"
+        "import subprocess, sys, signal\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+        "print(child.pid, flush=True)\nsignal.pause()"
     )
+    children = []
 
     def interrupt(line: str) -> None:
+        children.append(int(line))
         raise KeyboardInterrupt
 
-    start = time.monotonic()
     with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
         stock._run([sys.executable, "-c", code], os.environ, log, deque(), interrupt)
-    assert time.monotonic() - start < 30
-    time.sleep(4)
-    assert not marker.exists()
+    deadline = time.monotonic() + 30
+    while alive(children[0]):
+        assert time.monotonic() < deadline, "the command's own process outlived it"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; a zombie that nobody has collected yet does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not (state.is_file() and state.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_missing_command_names_the_interpreter(monkeypatch, tmp_path):
