@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -31,3 +32,21 @@ def test_readme_holds_exactly_two_set_up_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line.strip() for line in text.splitlines() if line.strip().startswith("pip install")]
     assert commands == ['pip install ".[demo]" && umit demo', 'pip install ".[test]" && pytest']
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    """Each figure is looked up in the JSON its command wrote, and must stand in the README's table as measured."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    runs = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+        for name in ("hippocampus_equal_time", "finetune_step", "mae_step")
+    }
+    scratch = runs["hippocampus_equal_time"]["full/fold0/20min/seed1/umit_scratch"]
+    figures = [f"mean Dice of {scratch['dice']['cases']} cases", f"{scratch['iterations']} steps"]
+    figures.append(f"| {scratch['dice']['mean']:.3f} |")
+    step = runs["finetune_step"]["full/batch4/threads2"]["arms"]
+    figures += [f"| {step[arm]['ratio']['cpu']['median']:.3f} x |" for arm in ("UMIT", "Primus-S")]
+    masked = runs["mae_step"]["full/tokens512/threads2"]["arms"]
+    names = ("UMIT, equal size", "UMIT, narrow decoder", "UMIT, narrow decoder, conv stem")
+    figures += [f"| {masked[arm]['ratio']['cpu']['median']:.3f} x |" for arm in names]
+    assert [figure for figure in figures if figure not in text] == []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -191,14 +190,12 @@ def save_encoder(encoder: nn.Module, folder: str | os.PathLike[str], card: Mappi
 
 
 def _replace(file: Path, write: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
+    part = file.with_name(f".{file.name}.part")
     try:
-        write(temporary)
-        os.replace(temporary, file)
+        write(str(part))
+        os.replace(part, file)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        part.unlink(missing_ok=True)
 
 
 def _strip(name: str) -> str:

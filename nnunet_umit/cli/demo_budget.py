@@ -9,7 +9,7 @@ EPOCHS = 10
 # Measured on two cores: what start-up, preprocessing, prediction and evaluation take, and one training step for each
 # million voxels in its batch. They only turn --minutes into a number of steps.
 FIXED_SECONDS = 130.0
-PRETRAIN_SECONDS, FINETUNE_SECONDS = 1.0, 2.7
+PRETRAIN_SECONDS, FINETUNE_SECONDS = 2.2, 5.8
 PRETRAIN_SHARE = 0.35
 
 

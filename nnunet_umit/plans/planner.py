@@ -46,7 +46,7 @@ class UMITPlanner(ExperimentPlanner):
         dataset_name_or_id: str | int,
         gpu_memory_target_in_gb: float = 8,
         preprocessor_name: str = STOCK_PREPROCESSOR,
-        plans_name: str = "UMITPlans",
+        plans_name: str | None = None,
         overwrite_target_spacing: Sequence[float] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
@@ -56,7 +56,7 @@ class UMITPlanner(ExperimentPlanner):
             dataset_name_or_id,
             gpu_memory_target_in_gb,
             "UMITPreprocessor" if preprocessor_name == STOCK_PREPROCESSOR else preprocessor_name,
-            plans_name,
+            plans_name or f"UMITPlans{self.size or ''}",
             _checked_spacing(overwrite_target_spacing),
             suppress_transpose,
         )
@@ -165,53 +165,17 @@ class UMITPlannerS(UMITPlanner):
 
     size = "S"
 
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
-        preprocessor_name: str = STOCK_PREPROCESSOR,
-        plans_name: str = "UMITPlansS",
-        overwrite_target_spacing: Sequence[float] | None = None,
-        suppress_transpose: bool = False,
-    ) -> None:
-        stock = (dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name)
-        super().__init__(*stock, overwrite_target_spacing, suppress_transpose)
-
 
 class UMITPlannerB(UMITPlanner):
     """Size B (width 768, 12 blocks), whatever the amount of data."""
 
     size = "B"
 
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
-        preprocessor_name: str = STOCK_PREPROCESSOR,
-        plans_name: str = "UMITPlansB",
-        overwrite_target_spacing: Sequence[float] | None = None,
-        suppress_transpose: bool = False,
-    ) -> None:
-        stock = (dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name)
-        super().__init__(*stock, overwrite_target_spacing, suppress_transpose)
-
 
 class UMITPlannerL(UMITPlanner):
     """Size L (width 1024, 24 blocks), whatever the amount of data."""
 
     size = "L"
-
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
-        preprocessor_name: str = STOCK_PREPROCESSOR,
-        plans_name: str = "UMITPlansL",
-        overwrite_target_spacing: Sequence[float] | None = None,
-        suppress_transpose: bool = False,
-    ) -> None:
-        stock = (dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name)
-        super().__init__(*stock, overwrite_target_spacing, suppress_transpose)
 
 
 def _checked_spacing(spacing: Sequence[float] | None) -> list[float] | None:
