@@ -184,9 +184,15 @@ def _patch_pretrained(module: "ModuleType") -> None:
         raise AttributeError(f"{module.__name__} has no load_pretrained_weights; this nnU-Net is not supported")
 
 
+def _patch_training(module: "ModuleType") -> None:
+    """Wrap the function behind ``nnUNetv2_train`` that opens the plans; without it only an error is less clear."""
+    _wrap(module, "get_trainer_from_args", _get_trainer)
+
+
 _PATCHES = {
     "nnunetv2.utilities.find_class_by_name": _patch_lookup,
     "nnunetv2.run.load_pretrained_weights": _patch_pretrained,
+    "nnunetv2.run.run_training": _patch_training,
 }
 
 
@@ -278,6 +284,24 @@ def _load_pretrained(
     if callable(load):
         return load(os.fspath(fname))
     return original(network, fname, *args, **kwargs)
+
+
+def _get_trainer(
+    original: "Callable[..., Any]",
+    dataset_name_or_id: str,
+    configuration: str,
+    fold: "int | str",
+    trainer_name: str = "nnUNetTrainer",
+    plans_identifier: str = "nnUNetPlans",
+    *args: "Any",
+    **kwargs: "Any",
+) -> "Any":
+    """For UMIT trainers, missing datasets and plans are named with the command that makes them."""
+    if (TRAINERS, trainer_name) in REGISTRY:
+        from nnunet_umit.trainers.requirements import require_plans
+
+        require_plans(dataset_name_or_id, plans_identifier)
+    return original(dataset_name_or_id, configuration, fold, trainer_name, plans_identifier, *args, **kwargs)
 
 
 def _unwrapped(network: "Any") -> "Any":

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic
@@ -63,3 +64,43 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder; set UMIT_DATA to a folder of nnU-Net raw data sets")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny networks are slower on many threads, much slower on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def prepare(nnunet_env: Folders) -> Callable[..., dict[str, Any]]:
+    """Write a preprocessed dataset for ``tiny_training.make_plans(**options)`` and return the plans."""
+    import tiny_training as tiny
+
+    def prepare(cases: int = 4, ignore: int | None = None, **options: Any) -> dict[str, Any]:
+        plans = tiny.make_plans(**options)
+        tiny.write_preprocessed(nnunet_env.preprocessed, plans, cases=cases, ignore=ignore)
+        return plans
+
+    return prepare
+
+
+@pytest.fixture
+def pretrained(prepare: Callable[..., dict[str, Any]]) -> tuple[dict[str, Any], Path]:
+    """Plans, and a checkpoint of a pre-training that has just begun."""
+    import tiny_training as tiny
+
+    from nnunet_umit.trainers import checkpoint as checkpoints
+    from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+
+    plans = prepare()
+    trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
+    tiny.kill_at(trainer, 0)
+    with pytest.raises(tiny.Killed):
+        trainer.run_training()
+    return plans, tiny.folder_of(trainer) / checkpoints.LATEST

@@ -58,21 +58,18 @@ def output_of(code: str, *flags: str, folder: Path | None = None, **environment:
 # --- start-up -----------------------------------------------------------------------------------------------------
 
 
-def test_start_up_imports_nothing_and_takes_under_a_millisecond_of_cpu() -> None:
+def test_start_up_imports_nothing_but_the_hook() -> None:
+    """What keeps the start of every Python program of the environment quick."""
     code = f"""
-    import os, sys, time
+    import os, sys
     sys.path.insert(0, {str(PACKAGE_PARENT)!r})
     before = set(sys.modules)
-    start = time.process_time()
     import nnunet_umit.registration as r; r.install()
-    taken = time.process_time() - start
-    print(taken, r.mechanism(), *sorted(set(sys.modules) - before), sep=";")
+    print(r.mechanism(), *sorted(set(sys.modules) - before), sep=";")
     """
-    answers = [output_of(code, "-S", NNUNET_UMIT_NO_HOOK="").split(";") for _ in range(7)]
-    for _, mechanism, *modules in answers:
-        assert mechanism == registration.START_UP
-        assert modules == ["nnunet_umit", "nnunet_umit.registration"]
-    assert min(float(answer[0]) for answer in answers) < 1e-3
+    mechanism, *modules = output_of(code, "-S", NNUNET_UMIT_NO_HOOK="").split(";")
+    assert mechanism == registration.START_UP
+    assert modules == ["nnunet_umit", "nnunet_umit.registration"]
 
 
 def test_installed_package_registers_at_start_up_and_obeys_the_opt_out() -> None:

@@ -1,4 +1,5 @@
-"""A preprocessed dataset and a plan for in-process trainer tests, written in a moment, without nnU-Net's planning."""
+"""A preprocessed dataset and a plan for in-process trainer tests, written in a moment, without nnU-Net's planning; and
+what those tests ask a trainer."""
 
 import copy
 import json
@@ -163,3 +164,53 @@ def make_trainer(
     name, configuration = next(iter(plans["configurations"].items()))
     channels = len(configuration["normalization_schemes"])
     return trainer_class(plans, name, fold, {**dataset_json(channels), **description}, device=torch.device("cpu"))
+
+
+GEOMETRIES = {
+    "isotropic": {},
+    "thick slices, two channels": {
+        "spacing": (4.0, 1.0, 1.0), "patch": (6, 16, 16), "channels": 2,
+    },
+    "2D": {"spacing": (1.0, 1.0), "patch": (16, 24)},
+}  # fmt: skip
+
+
+def folder_of(trainer: Any) -> Path:
+    return Path(trainer.output_folder)
+
+
+def curves(trainer: Any) -> dict[str, list[float]]:
+    return {name: trainer.logged(name) for name in ("train_losses", "val_losses", "lrs", "ema_fg_dice")}
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.unwrapped().state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def log_of(trainer: Any) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the trainer catches it."""
+
+
+def kill_at(trainer: Any, iteration: int) -> None:
+    """Let the training die in the middle of a step."""
+    step = trainer.train_step
+
+    def dying(batch: dict) -> dict:
+        if trainer.iteration() == iteration:
+            raise Killed
+        return step(batch)
+
+    trainer.train_step = dying
+
+
+def case_file(preprocessed: Path, index: int) -> Path:
+    """The image of a case below ``preprocessed`` (nnUNet_preprocessed)."""
+    return preprocessed / NAME / "UMITPlans_3d_fullres" / f"case_{index:03d}.b2nd"

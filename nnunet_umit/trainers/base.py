@@ -144,13 +144,17 @@ class UMITBaseTrainer(LoadingTrainer):
                     stream.close()
 
     def on_train_start(self) -> None:
-        """Write the first checkpoint, before anything else can fail, then let nnU-Net prepare the training.
+        """Say what ``-pretrained_weights`` brought, write the first checkpoint, before anything else can fail, then let
+        nnU-Net prepare the training.
 
         With it, ``--c`` after a kill in the first minutes continues from the pre-trained weights, instead of silently
         starting without them.
         """
         if not self.was_initialized:
             self.initialize()
+        report = getattr(self.unwrapped(), "transfer_report", None)
+        if report is not None:
+            self.print_to_log_file(f"pre-trained weights: {report}", also_print_to_console=False)  # printed already
         if not self.continued:
             self.begin_folder()
         super().on_train_start()

@@ -188,16 +188,13 @@ class UMITTrainer(UMITBaseTrainer):
     # -------------------------------------------------------------------------------------------- transfer
 
     def on_train_start(self) -> None:
-        """Say what ``-pretrained_weights`` brought, then begin.
+        """Set layer-wise decay, then begin.
 
         Layer-wise decay protects what a pre-trained encoder knows; weights that know nothing all learn at one rate.
         """
         if not self.was_initialized:
             self.initialize()
-        report = getattr(self.unwrapped(), "transfer_report", None)
-        if report is not None:
-            self.print_to_log_file(f"pre-trained weights: {report}", also_print_to_console=False)  # printed already
-        elif not self.continued:
+        if self.describe_transfer() is None:
             self.print_to_log_file("no pre-trained weights: training from scratch, without layer-wise decay")
         decay = self.config.layer_decay if self.describe_transfer() is not None else 1.0
         rate, layers = self.config.learning_rate, last_layer(self.unwrapped())

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_umit.config import UMITConfig, get_umit_config
@@ -36,6 +37,36 @@ def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
             "its extra input channels would not fit a pre-trained encoder; use 3d_fullres or 2d of -pl UMITPlanner"
         )
     return umit
+
+
+def require_plans(dataset: str | int, plans_name: str) -> None:
+    """Check that a dataset is known and planned, before nnU-Net opens its files.
+
+    Raises:
+        RuntimeError: one of nnU-Net's environment variables is not set.
+        ValueError: the dataset is neither a number nor a DatasetXXX_Name.
+        FileNotFoundError: no such dataset, or no plans of that name; with the command to run.
+    """
+    require_folders()
+    text = str(dataset)
+    if not (text.startswith("Dataset") or text.isdigit()):
+        raise ValueError(f"dataset {text!r} is neither a number nor a name like Dataset004_Hippocampus")
+    try:
+        name = maybe_convert_to_dataset_name(text if text.startswith("Dataset") else int(text))
+    except RuntimeError as error:  # nnU-Net: no such id, or several datasets share it
+        raise FileNotFoundError(
+            f"dataset {text}: {error} Put it into {nnUNet_raw}, then run: "
+            f"nnUNetv2_plan_and_preprocess -d {text} -pl UMITPlanner"
+        ) from error
+    folder = Path(str(nnUNet_preprocessed)) / name
+    for file in (folder / f"{plans_name}.json", folder / "dataset.json"):
+        if not file.is_file():
+            planned = sorted(each.stem for each in folder.glob("*Plans*.json"))
+            found = f"there are plans {', '.join(planned)} (option -p)" if planned else "it has no plans yet"
+            raise FileNotFoundError(
+                f"{file} does not exist; of dataset {name} {found}; run: "
+                f"nnUNetv2_plan_and_preprocess -d {text} -pl UMITPlanner"
+            )
 
 
 def require_folders() -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ SETTINGS = {
     "nnUNet_n_proc_DA": "1",
     "OMP_WAIT_POLICY": "passive",  # threads that wait do not burn the core another test needs
     "MPLBACKEND": "Agg",
+    "PYTHONUNBUFFERED": "1",  # lines arrive when they are printed
 }
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 EPOCHS, ITERATIONS = 5, 12
@@ -116,8 +116,7 @@ def test_a_killed_pretraining_continues_bit_for_bit(workspace: Workspace, pretra
     arguments = ("901", "3d_fullres", "all", "-tr", "UMITPretrainTrainer", "-p", "UMITPlans", "-device", "cpu")
     process = workspace.start("nnUNetv2_train", *arguments, results="killed")
     folder = workspace.fold("UMITPretrainTrainer", "all", results="killed")
-    wait_for(folder, r"\bEpoch 2\n", process)
-    time.sleep(float(np.random.default_rng().uniform(0.0, 0.2)))  # somewhere in the epoch
+    read_until(process, r"\bEpoch 2\s*$")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
@@ -134,15 +133,14 @@ def test_a_killed_pretraining_continues_bit_for_bit(workspace: Workspace, pretra
     assert broken["umit"]["history"] == unbroken["umit"]["history"]
 
 
-def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
-    """Until the training log matches."""
-    for _ in range(6000):
-        text = "".join(log.read_text() for log in folder.glob("training_log_*.txt")) if folder.is_dir() else ""
-        if re.search(pattern, text.replace(" \n", "\n")):
+def read_until(process: subprocess.Popen, pattern: str) -> None:
+    """Read the output of a command until a line matches."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
             return
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        time.sleep(0.02)
-    raise AssertionError(f"{pattern!r} did not appear in the log of {folder}")
+    raise AssertionError(f"{pattern!r} did not appear:\n{''.join(lines)[-4000:]}")
 
 
 def test_finetuning_validates(finetuned: Path) -> None:

@@ -1,0 +1,120 @@
+"""Trainings that are killed, continued or begun anew: nothing learned is lost, nothing wrong is continued."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_training as tiny
+import torch
+from tiny_training import Killed, equal, folder_of, kill_at, log_of, weights
+
+from nnunet_umit.architectures.transfer import load_state
+from nnunet_umit.trainers import checkpoint as checkpoints
+from nnunet_umit.trainers.checkpoint import CheckpointError, read_checkpoint
+from nnunet_umit.trainers.finetune import UMITTrainer
+from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_kill_before_the_first_epoch_keeps_the_pretrained_weights(pretrained: tuple[dict, Path]) -> None:
+    plans, source = pretrained
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.initialize()
+    trainer.network.load_umit_pretrained(str(source))
+    before = weights(trainer)
+    kill_at(trainer, 0)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    resumed = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    resumed.load_checkpoint(str(folder_of(resumed) / checkpoints.LATEST))
+    assert resumed.current_epoch == 0
+    assert equal(weights(resumed), before)
+    encoder, _ = load_state(source)
+    name = "encoder.transformer.blocks.0.attn.qkv.weight"
+    assert torch.equal(resumed.network.state_dict()[name], encoder[name])
+    resumed.save_checkpoint(str(folder_of(resumed) / "again.pth"))
+    assert read_checkpoint(folder_of(resumed) / "again.pth")["umit"]["transfer"]["fraction"] == 1.0
+
+
+def test_continuing_a_training_that_left_no_checkpoint_is_refused(prepare: Callable[..., dict]) -> None:
+    plans = prepare()
+    fresh = tiny.make_trainer(UMITTrainer, plans, resume=True)  # an empty folder: --c starts, as in nnU-Net
+    fresh.initialize()
+    fresh.begin_folder()
+    (folder_of(fresh) / checkpoints.LATEST).unlink()
+    (folder_of(fresh) / "training_log_2020_1_1_00_00_00.txt").write_text("an earlier start")
+    lost = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    with pytest.raises(CheckpointError, match=r"-pretrained_weights.*without --c"):
+        lost.run_training()
+
+
+def test_a_former_training_is_moved_aside(prepare: Callable[..., dict]) -> None:
+    """Else --c after a kill would find the old checkpoint_final.pth and call the new training finished."""
+    plans = prepare()
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.PREVIOUS):
+        (folder_of(trainer) / name).write_bytes(b"old")
+    kill_at(trainer, 0)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    names = {file.name for file in folder_of(trainer).glob("*.pth")}
+    assert names == {"old_checkpoint_final.pth", "old_checkpoint_best.pth", checkpoints.LATEST}
+
+
+def test_disabled_checkpointing_writes_none(prepare: Callable[..., dict]) -> None:
+    plans = prepare()
+    trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
+    trainer.disable_checkpointing = True
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert not [*folder_of(trainer).glob("*.pth"), *folder_of(trainer).glob("*.safetensors")]
+    assert (folder_of(trainer) / "validation" / "summary.json").is_file()
+
+
+def test_the_latest_checkpoint_knows_the_best_score(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net writes latest before it updates the best score, so a resumed training may overwrite a better best."""
+    plans = prepare(finetune={"epochs": 2})
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    seen = []
+    save = trainer.save_checkpoint
+
+    def watch(filename: str) -> None:
+        save(filename)
+        stored = read_checkpoint(filename)
+        seen.append((Path(filename).name, stored["_best_ema"], stored["logging"]["ema_fg_dice"]))
+
+    trainer.save_checkpoint = watch
+    trainer.run_training()
+    latest = [entry for entry in seen if entry[0] == checkpoints.LATEST]
+    assert latest[0][1:] == (None, []) and latest[1][1] == latest[1][2][0]
+
+
+def test_a_checkpoint_of_another_trainer_or_network_is_refused(pretrained: tuple[dict, Path]) -> None:
+    plans, source = pretrained
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    with pytest.raises(CheckpointError, match=r"UMITPretrainTrainer.*UMITTrainer.*-pretrained_weights"):
+        trainer.load_checkpoint(str(source))
+    wider = copy.deepcopy(plans)
+    wider["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["embed_dim"] = 48
+    with pytest.raises(CheckpointError, match="embed_dim: 24 in the checkpoint, 48 now"):
+        tiny.make_trainer(UMITPretrainTrainer, wider).load_checkpoint(str(source))
+    deeper = copy.deepcopy(plans)
+    deeper["configurations"]["3d_fullres"]["umit"]["pretrain"]["decoder_depth"] = 2
+    with pytest.raises(CheckpointError, match=r"missing in the checkpoint: decoder\.blocks\.1"):
+        tiny.make_trainer(UMITPretrainTrainer, deeper).load_checkpoint(str(source))
+
+
+def test_the_plan_counts_when_it_changed(pretrained: tuple[dict, Path]) -> None:
+    plans, source = pretrained
+    plans = copy.deepcopy(plans)
+    plans["configurations"]["3d_fullres"]["umit"]["pretrain"].update(epochs=9, learning_rate=0.5, weight_decay=0.25)
+    trainer = tiny.make_trainer(UMITPretrainTrainer, plans, resume=True)
+    trainer.load_checkpoint(str(source))
+    assert trainer.num_epochs == 9
+    assert {group["base_lr"] for group in trainer.optimizer.param_groups} == {0.5}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.25}
+    assert "the plan counts: epochs: 2 in the checkpoint, 9 now" in log_of(trainer)
