@@ -27,16 +27,21 @@ class Anisotropy:
     Args:
         ratio: depth spacing / finest in-plane spacing, from 1 to 32, or ``math.inf`` for a 2D image, which has no
             neighbouring slices at all. Use :meth:`from_spacing` to clip a measured ratio into this range.
+        ratios: one ratio for each sample of a batch, where they differ; they share a level, and the first is ``ratio``.
     """
 
     ratio: float
+    ratios: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (1.0 <= self.ratio <= MAX_RATIO or self.ratio == math.inf):
-            raise ValueError(
-                f"anisotropy ratio {self.ratio} is outside 1..{MAX_RATIO:g} (or inf for 2D); "
-                "use Anisotropy.from_spacing, which clips it"
-            )
+        for ratio in (self.ratio, *self.ratios):
+            if not (1.0 <= ratio <= MAX_RATIO or ratio == math.inf):
+                raise ValueError(
+                    f"anisotropy ratio {ratio} is outside 1..{MAX_RATIO:g} (or inf for 2D); "
+                    "use Anisotropy.from_spacing, which clips it"
+                )
+        if len({(Anisotropy(ratio).level, ratio == math.inf) for ratio in self.ratios}) > 1:
+            raise ValueError(f"a batch holds one level, but the ratios {self.ratios} belong to several")
 
     @classmethod
     def from_spacing(cls, spacing: Sequence[float]) -> Anisotropy:
@@ -51,6 +56,19 @@ class Anisotropy:
         if len(values) == 2:
             return cls(math.inf)
         return cls(min(max(values[0] / min(values[1:]), 1.0), MAX_RATIO))
+
+    @classmethod
+    def from_spacings(cls, spacings: Sequence[Sequence[float]]) -> Anisotropy:
+        """One spacing for each sample of a batch.
+
+        Raises:
+            ValueError: the samples do not share a level.
+        """
+        return cls._joined([cls.from_spacing(spacing).ratio for spacing in spacings])
+
+    @classmethod
+    def _joined(cls, ratios: Sequence[float]) -> Anisotropy:
+        return cls(ratios[0], tuple(ratios) if len(set(ratios)) > 1 else ())
 
     @property
     def planar(self) -> bool:
@@ -74,7 +92,8 @@ class Anisotropy:
         """
         if self.planar:
             return self
-        return Anisotropy(max(self.ratio / 2 ** min(halvings, self.level), 1.0))
+        steps = 2 ** min(halvings, self.level)
+        return Anisotropy._joined([max(ratio / steps, 1.0) for ratio in self.ratios or (self.ratio,)])
 
     def depth_stride(self, stride: int, halvings: int = 0) -> int:
         """Depth stride of a layer with in-plane stride ``stride`` that follows ``halvings`` in-plane halvings."""
@@ -103,14 +122,13 @@ class TokenGrid:
     Args:
         image_size: voxels (depth, height, width).
         token: token extent in voxels (depth, height, width).
-        depth_step: distance between two depth-neighbours in units of the in-plane distance between two tokens.
-        unit: length of one in-plane token step in position units.
+        steps: position units from one token to the next along (depth, height, width), for every sample of a batch, or
+            once where all samples agree.
     """
 
     image_size: Size3
     token: Size3
-    depth_step: float = 1.0
-    unit: float = 1.0
+    steps: tuple[tuple[float, float, float], ...] = ((1.0, 1.0, 1.0),)
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 1 or min(self.token) < 1:
@@ -139,15 +157,10 @@ class TokenGrid:
         far = [padded - size for padded, size in zip(self.padded_size, self.image_size, strict=True)]
         return (0, far[2], 0, far[1], 0, far[0])
 
-    def positions(self) -> list[tuple[float, float, float]]:
+    def positions(self, sample: int = 0) -> list[tuple[float, float, float]]:
         """Position of every token, in token order, in position units; the first token is the origin."""
-        depth, height, width = self.shape
-        return [
-            (z * self.depth_step * self.unit, y * self.unit, x * self.unit)
-            for z in range(depth)
-            for y in range(height)
-            for x in range(width)
-        ]
+        (depth, height, width), (dz, dy, dx) = self.shape, self.steps[sample]
+        return [(z * dz, y * dy, x * dx) for z in range(depth) for y in range(height) for x in range(width)]
 
     def patchify(self, image: Any) -> Any:
         """(B, C, *padded_size) tensor -> (B, L, P) tensor."""
@@ -185,12 +198,14 @@ class TokenGrid:
             raise ValueError(f"image of size {tuple(image.shape[2:])} does not fit the padded grid {size}")
 
 
-def token_grid(image_size: Sequence[int], spacing: Sequence[float], token_size: int, positions: str) -> TokenGrid:
-    """The token grid of an image in a network with in-plane token ``token_size``.
+def token_grid(
+    image_size: Sequence[int], spacings: Sequence[Sequence[float]], token_size: int, positions: str
+) -> TokenGrid:
+    """The token grid of a batch of images in a network with in-plane token ``token_size``.
 
     Args:
         image_size: voxels (depth, height, width).
-        spacing: mm, three values or two (2D).
+        spacings: mm, three values or two (2D), of every sample, or once for all; all of one level.
         token_size: in-plane token extent in voxels, a power of two.
         positions: ``"relative"``: one unit is one in-plane token, and equal millimetres are equal distances on every
             axis (depth steps are scaled by the token's real thickness); ``"index"``: PUMIT's plain token index;
@@ -198,12 +213,17 @@ def token_grid(image_size: Sequence[int], spacing: Sequence[float], token_size: 
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
-    anisotropy = Anisotropy.from_spacing(spacing)
-    token = anisotropy.token(token_size)
-    depth_step = 1.0 if anisotropy.planar or positions == "index" else anisotropy.ratio * token[0] / token[1]
-    unit = float(min(spacing[-2:])) if positions == "mm" else 1.0
+    token = Anisotropy.from_spacings(spacings).token(token_size)
+    steps = [_steps(spacing, token, positions) for spacing in spacings]
     depth, height, width = image_size
-    return TokenGrid((depth, height, width), token, depth_step, unit)
+    return TokenGrid((depth, height, width), token, tuple(steps) if len(set(steps)) > 1 else (steps[0],))
+
+
+def _steps(spacing: Sequence[float], token: Size3, positions: str) -> tuple[float, float, float]:
+    anisotropy = Anisotropy.from_spacing(spacing)
+    unit = float(min(spacing[-2:])) if positions == "mm" else 1.0
+    depth = 1.0 if anisotropy.planar or positions == "index" else anisotropy.ratio * token[0] / token[1]
+    return depth * unit, unit, unit
 
 
 POSITIONS = ("relative", "index", "mm")

@@ -338,7 +338,7 @@ def test_optimisers_are_those_of_the_trainers():
 # --------------------------------------------------------------------------------------------------------- MAE
 def test_the_target_for_monai_is_ours():
     image = torch.randn(2, 1, 16, 24, 16)
-    grid = token_grid((16, 24, 16), (1.0, 1.0, 1.0), mae_step.TOKEN, "relative")
+    grid = token_grid((16, 24, 16), [(1.0, 1.0, 1.0)], mae_step.TOKEN, "relative")
     assert torch.equal(mae_step.patchify(image), grid.patchify(image))
 
 
@@ -365,7 +365,7 @@ def test_an_mae_step_of_ours_changes_the_encoder(stem):
 
 def test_sizes_compared_are_those_of_the_claim():
     for tokens, size in mae_step.IMAGES.items():
-        assert token_grid(size, (1.0, 1.0, 1.0), mae_step.TOKEN, "relative").tokens == tokens
+        assert token_grid(size, [(1.0, 1.0, 1.0)], mae_step.TOKEN, "relative").tokens == tokens
 
 
 def test_missing_monai_says_how_to_install_it(tmp_path):

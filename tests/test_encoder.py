@@ -21,7 +21,7 @@ SPACINGS = [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (5.0, 0.8, 0.8), (40.0, 1.0, 1.0)]
 
 def rotated(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     angles = rotary_angles(positions, heads.shape[-1])
-    table = gather_table(torch.stack((angles.cos(), angles.sin())), None)
+    table = gather_table(torch.stack((angles.cos(), angles.sin()))[:, None], None)
     turned = rotate(heads.float(), table.float())
     torch.testing.assert_close(turned, rotate_plainly(heads.float(), table.float()))
     return rotate_plainly(heads, table)
@@ -65,7 +65,7 @@ def test_gathered_rows_equal_the_indexed_table() -> None:
     gathered = gather_table(table, index)
     assert gathered.shape == (2, 2, 1, 3, 4)
     for sample in range(2):
-        assert torch.equal(gathered[:, sample, 0], table[:, index[sample]])
+        assert torch.equal(gathered[:, sample, 0], table[:, 0, index[sample]])
 
 
 def test_attention_equals_explicit_softmax_over_keys() -> None:

@@ -11,11 +11,11 @@ from nnunet_umit.trainers.pictures import PAPER, Panel, Reconstruction, _extent,
 from nnunet_umit.trainers.progress import StepProgress
 
 
-def sample(*shape: int, case: str = "case_000") -> Reconstruction:
+def sample(*shape: int, spacing: tuple[float, ...] = (1.0, 1.0, 1.0), case: str = "case_000") -> Reconstruction:
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     masked = image.copy()
     masked[..., : shape[-1] // 2] = np.nan
-    return Reconstruction(case, image, masked, np.nan_to_num(masked))
+    return Reconstruction(case, image, masked, np.nan_to_num(masked), spacing)
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,9 @@ def sample(*shape: int, case: str = "case_000") -> Reconstruction:
 )
 def test_reconstructions_are_drawn(tmp_path: Path, shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
     path = tmp_path / "reconstructions.png"
-    samples = [sample(*shape), sample(*shape, case="a_name_that_is_longer_than_the_margin_is_wide")]
-    draw_reconstructions(samples, spacing, path, title="a title")
+    long = "a_name_that_is_longer_than_the_margin_is_wide"
+    samples = [sample(*shape, spacing=spacing), sample(*shape, spacing=spacing, case=long)]
+    draw_reconstructions(samples, path, title="a title")
     drawn = matplotlib.image.imread(path)
     assert drawn.shape[0] > 100 and drawn.shape[1] > 100
     paper = matplotlib.colors.to_rgb(PAPER)
@@ -33,16 +34,19 @@ def test_reconstructions_are_drawn(tmp_path: Path, shape: tuple[int, ...], spaci
 
 
 def test_slices_have_their_size_in_millimetres() -> None:
-    thick = sample(6, 16, 20)
-    assert [_extent(thick, axis, (5.0, 1.0, 2.0)) for axis in range(3)] == [(16, 40), (30, 40), (30, 16)]
-    assert _extent(sample(10, 20), None, (999.0, 2.0, 1.0)) == (20, 20)  # a 2D image takes the in-plane spacing
+    thick = sample(6, 16, 20, spacing=(5.0, 1.0, 2.0))
+    assert [_extent(thick, axis) for axis in range(3)] == [(16, 40), (30, 40), (30, 16)]
+    assert _extent(sample(10, 20, spacing=(999.0, 2.0, 1.0)), None) == (20, 20)  # a 2D image takes the in-plane spacing
 
 
 def test_constant_and_broken_images_are_drawn(tmp_path: Path) -> None:
     constant = np.zeros((8, 8), np.float32)
     broken = np.full((8, 8), np.nan, np.float32)
-    samples = [Reconstruction("constant", constant, broken, constant), Reconstruction("broken", broken, broken, broken)]
-    draw_reconstructions(samples, (1.0, 1.0), tmp_path / "picture.png")
+    samples = [
+        Reconstruction("constant", constant, broken, constant, (1.0, 1.0)),
+        Reconstruction("broken", broken, broken, broken, (1.0, 1.0)),
+    ]
+    draw_reconstructions(samples, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0
 
 

@@ -73,7 +73,7 @@ def test_bad_token_and_positions_are_named() -> None:
     with pytest.raises(ValueError, match="token size 6 is not a power of two|stride 6 is not a power of two"):
         Anisotropy(1.0).token(6)
     with pytest.raises(ValueError, match="'metres'"):
-        token_grid((8, 8, 8), (1, 1, 1), 8, "metres")
+        token_grid((8, 8, 8), [(1, 1, 1)], 8, "metres")
 
 
 @pytest.mark.parametrize("shape", list(itertools.permutations((3, 5, 7))))
@@ -96,7 +96,7 @@ def test_patchify_keeps_every_axis(shape: tuple[int, int, int]) -> None:
 
 
 def test_padding_reaches_whole_tokens_and_is_cropped_again() -> None:
-    grid = token_grid((9, 30, 33), (5.0, 1.0, 1.0), 8, "relative")
+    grid = token_grid((9, 30, 33), [(5.0, 1.0, 1.0)], 8, "relative")
     assert grid.token == (2, 8, 8)
     assert grid.padded_size == (10, 32, 40)
     padded = torch.nn.functional.pad(torch.ones(1, 1, 9, 30, 33), grid.padding)
@@ -108,10 +108,10 @@ def test_padding_reaches_whole_tokens_and_is_cropped_again() -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0, 6.4, 10.0])
 def test_equal_millimetres_are_equal_positions(ratio: float) -> None:
-    grid = token_grid((64, 64, 64), (2.0 * ratio, 2.0, 2.0), 8, "relative")
+    grid = token_grid((64, 64, 64), [(2.0 * ratio, 2.0, 2.0)], 8, "relative")
     millimetres_in_depth = grid.token[0] * 2.0 * ratio
     millimetres_in_plane = grid.token[1] * 2.0
-    assert math.isclose(grid.depth_step, millimetres_in_depth / millimetres_in_plane)
-    fine = token_grid((64, 64, 64), (1.0, 1.0, 1.0), 8, "mm")
-    coarse = token_grid((64, 64, 64), (2.0, 2.0, 2.0), 8, "mm")
+    assert math.isclose(grid.steps[0][0], millimetres_in_depth / millimetres_in_plane)
+    fine = token_grid((64, 64, 64), [(1.0, 1.0, 1.0)], 8, "mm")
+    coarse = token_grid((64, 64, 64), [(2.0, 2.0, 2.0)], 8, "mm")
     assert fine.positions()[2][2] == coarse.positions()[1][2]

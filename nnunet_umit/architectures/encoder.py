@@ -19,6 +19,8 @@ from nnunet_umit.architectures.stem import STEMS, ConvStem, PatchStem
 from nnunet_umit.architectures.transformer import Transformer
 from nnunet_umit.spacing import Anisotropy, TokenGrid, token_grid
 
+Spacings = Sequence[Sequence[float]]
+
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 48, "depth": 3, "num_heads": 3},
     "XS": {"embed_dim": 256, "depth": 8, "num_heads": 8},
@@ -86,7 +88,7 @@ class SACViT(nn.Module):
         self.embed_dim = embed_dim
         self.depth = depth
         self.head_dim = embed_dim // num_heads
-        token_grid((1, 1, 1), self.spacing, token_size, positions)  # refuses bad values now, not in the first step
+        token_grid((1, 1, 1), [self.spacing], token_size, positions)  # refuses bad values now, not in the first step
         if stem == "conv":
             self.stem: nn.Module = ConvStem(input_channels, embed_dim, token_size, stem_channels, fidelity)
         else:
@@ -103,16 +105,24 @@ class SACViT(nn.Module):
         """Change the stochastic depth rate (a training option, not part of the architecture)."""
         self.transformer.set_drop_path(rate)
 
-    def grid(self, image: Tensor) -> TokenGrid:
+    def grid(self, image: Tensor, spacings: Spacings | None = None) -> TokenGrid:
         """The token grid of an image (B, C, D, H, W), or (B, C, H, W) which is a 2D image."""
         size = tuple(image.shape[2:]) if image.dim() == 5 else (1, *image.shape[2:])
-        return token_grid(size, self._spacing(image), self.token_size, self.positions)
+        return token_grid(size, self._spacings(image, spacings), self.token_size, self.positions)
 
-    def forward(self, image: Tensor, *, visible: Tensor | None = None, taps: Sequence[int] = ()) -> Encoding:
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        spacings: Spacings | None = None,
+        visible: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> Encoding:
         """Encode the whole image or its visible tokens.
 
         Args:
             image: (B, C, D, H, W), or (B, C, H, W), of any size; padded with zeros at the far end to whole tokens.
+            spacings: mm of every sample, depth first, all of one level; None takes the network's own for all.
             visible: (B, K) token indices; nothing else of the image is seen.
             taps: zero-based blocks whose outputs are returned as well.
 
@@ -121,7 +131,7 @@ class SACViT(nn.Module):
         """
         if image.dim() not in (4, 5):
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (B, C, D, H, W) or (B, C, H, W)")
-        grid, anisotropy = self.grid(image), Anisotropy.from_spacing(self._spacing(image))
+        grid, anisotropy = self.grid(image, spacings), Anisotropy.from_spacings(self._spacings(image, spacings))
         if image.dim() == 4:
             image = image.unsqueeze(2)
         if any(grid.padding):
@@ -138,8 +148,10 @@ class SACViT(nn.Module):
         block = re.match(r"transformer\.blocks\.(\d+)\.", name)
         return int(block.group(1)) + 1 if block else self.depth + 1
 
-    def _spacing(self, image: Tensor) -> tuple[float, ...]:
-        return self.spacing if image.dim() == 5 else self.spacing[-2:]
+    def _spacings(self, image: Tensor, spacings: Spacings | None) -> Spacings:
+        if spacings is not None:
+            return spacings
+        return [self.spacing if image.dim() == 5 else self.spacing[-2:]]
 
 
 def encoder_arguments(arch_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_umit.architectures.encoder import SACViT, encoder_arguments
+from nnunet_umit.architectures.encoder import SACViT, Spacings, encoder_arguments
 from nnunet_umit.architectures.masking import random_masking
+from nnunet_umit.architectures.native import NativeView
 from nnunet_umit.architectures.rope import gather_table, rotary_table
 from nnunet_umit.architectures.sac import SACUp
 from nnunet_umit.architectures.stem import take_tokens
@@ -38,16 +39,21 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class MAEOutput:
-    """One masked forward pass: the loss to minimise (mean squared error over hidden tokens), ``target_power`` (the loss
-    of predicting zero: 1 unless patches are constant), predictions and targets (B, M, P), indices and the grid."""
+    """One masked forward pass: the loss to minimise (mean squared error over hidden tokens), the same for every sample
+    (B,), ``target_power`` (the loss of predicting zero: 1 unless patches are constant), predictions and targets
+    (B, M, P), indices, the grid, and what the encoder was shown: image (depth first, cropped, where images bring their
+    own spacing) and spacings in mm."""
 
     loss: Tensor
+    losses: Tensor
     target_power: Tensor
     prediction: Tensor
     target: Tensor
     visible: Tensor
     hidden: Tensor
     grid: TokenGrid
+    image: Tensor
+    spacings: Spacings
 
 
 class MaskedAutoencoder(nn.Module):
@@ -58,6 +64,7 @@ class MaskedAutoencoder(nn.Module):
         input_channels: image channels C.
         mask_ratio: share of hidden tokens.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
+        native: images bring their spacing in three more channels (:mod:`nnunet_umit.architectures.native`).
     """
 
     def __init__(
@@ -70,11 +77,13 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 2,
         decoder_heads: int = 4,
         fidelity: str = "exact",
+        native: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} must lie between 0 and 1, both excluded")
         self.encoder = encoder
+        self.native = native
         self.mask_ratio = mask_ratio
         self.head_dim = decoder_dim // decoder_heads
         self.embed = nn.Linear(encoder.embed_dim, decoder_dim)
@@ -109,6 +118,7 @@ class MaskedAutoencoder(nn.Module):
             decoder_depth=config.decoder_depth,
             decoder_heads=config.decoder_heads,
             fidelity=arch_kwargs.get("fidelity", "exact"),
+            native=arch_kwargs.get("native", False),
         )
 
     def forward(
@@ -120,18 +130,25 @@ class MaskedAutoencoder(nn.Module):
         """Mask, encode, predict.
 
         Args:
-            image: (B, C, D, H, W) or (B, C, H, W).
+            image: (B, C, D, H, W) or (B, C, H, W); (B, C + 3, D, H, W) if native.
             generator: CPU generator that draws the masks; None uses torch's global one.
             masks: visible (B, K) and hidden (B, M) indices instead of drawn ones.
         """
-        grid = self.encoder.grid(image)
+        spacings: Spacings = [self.encoder.spacing]
+        if self.native:
+            view = NativeView.of(image)
+            image, spacings = view.image, view.spacings
+        grid = self.encoder.grid(image, spacings if self.native else None)
         visible, hidden = masks or random_masking(image.shape[0], grid.tokens, self.mask_ratio, generator)
         visible, hidden = visible.to(image.device), hidden.to(image.device)
-        encoding = self.encoder(image, visible=visible)
+        encoding = self.encoder(image, spacings=spacings if self.native else None, visible=visible)
         prediction = self.predict(encoding.tokens, visible, hidden, grid, encoding.anisotropy)
         target, _, _ = normalise_patches(take_tokens(grid.patchify(encoding.image), hidden))
-        loss = F.mse_loss(prediction.float(), target.float())
-        return MAEOutput(loss, target.detach().square().mean(), prediction, target, visible, hidden, grid)
+        losses = (prediction.float() - target.float()).square().mean((1, 2))
+        power = target.detach().square().mean()
+        return MAEOutput(
+            losses.mean(), losses.detach(), power, prediction, target, visible, hidden, grid, image, spacings
+        )
 
     def predict(
         self, tokens_BKE: Tensor, visible: Tensor, hidden: Tensor, grid: TokenGrid, anisotropy: Anisotropy
@@ -150,8 +167,9 @@ class MaskedAutoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, image: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, MAEOutput]:
         """For pictures: the image with hidden tokens blanked to NaN, the image with hidden tokens predicted (they
-        are scaled back with each patch's own mean and deviation), and the pass they come from; shapes as the input."""
-        output = self(image, generator)
+        are scaled back with each patch's own mean and deviation), and the pass they come from; shapes as its image."""
+        output: MAEOutput = self(image, generator)
+        image = output.image
         grid, channels = output.grid, image.shape[1]
         padded = F.pad(image if image.dim() == 5 else image.unsqueeze(2), grid.padding)
         patches = grid.patchify(padded).float()

@@ -41,17 +41,19 @@ def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def rotary_table(grid: TokenGrid, head_dim: int, device: torch.device) -> Tensor:
-    """Cosine and sine for every token of a grid: (2, L, head_dim / 2) float32."""
+    """Cosine and sine for every token of a grid: (2, S, L, head_dim / 2) float32, S samples or 1 for all."""
     with torch.inference_mode(False), torch.no_grad():
-        angles = rotary_angles(torch.tensor(grid.positions()), head_dim)
+        index = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in grid.shape))
+        angles = torch.stack([rotary_angles(index * torch.tensor(steps), head_dim) for steps in grid.steps])
         return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=torch.float32)
 
 
 def gather_table(table: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of the table for a token subset: index (B, K) -> (2, B, 1, K, h/2); None -> (2, 1, 1, L, h/2)."""
+    """Rows of the table for a token subset: index (B, K) -> (2, B, 1, K, h/2); None -> (2, S, 1, L, h/2)."""
     if index is None:
-        return table[:, None, None]
-    return table[:, index].unsqueeze(2)
+        return table.unsqueeze(2)
+    samples = torch.arange(index.shape[0], device=index.device) if table.shape[1] > 1 else torch.zeros_like(index[:, 0])
+    return table[:, samples[:, None], index].unsqueeze(2)
 
 
 def rotate(heads: Tensor, table: Tensor) -> Tensor:

@@ -67,6 +67,19 @@ def same_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity:
     return torch.stack((before * share, centre + (1.0 - share) * (before + after), after * share), -3)
 
 
+def mixed_same_conv(image: Tensor, kernel: Tensor, anisotropy: Anisotropy, halvings: int) -> Tensor:
+    """The same-size convolution of a batch (B, C, D, H, W) whose samples share a level but not a ratio.
+
+    The kernel of :func:`same_kernel` is linear in 1/r, so one convolution of the sum over depth, and one of the rest
+    scaled by each sample's 1/r, give every sample its own: no loop over samples.
+    """
+    ratios = anisotropy.at(halvings).ratios
+    share = torch.tensor([1.0 / ratio for ratio in ratios], device=image.device, dtype=image.dtype).view(-1, 1, 1, 1, 1)
+    before, _, after = kernel.unbind(-3)
+    rest = torch.stack((before, -(before + after), after), -3)
+    return same_conv(image, kernel.sum(-3, keepdim=True), None) + share * same_conv(image, rest, None)
+
+
 def up_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity: str) -> Tensor:
     """Transposed, kernel = stride, after ``halvings`` in-plane halvings: depth taps are averaged in chunks.
 
@@ -188,6 +201,8 @@ class SACConv(_SACLayer):
         nn.init.kaiming_normal_(self.weight, a=0.01)
 
     def forward(self, image: Tensor, anisotropy: Anisotropy, halvings: int) -> Tensor:
+        if self.fidelity == "exact" and anisotropy.at(halvings).ratios:
+            return mixed_same_conv(image, self.weight, anisotropy, halvings)
         kernel = self.reduced(
             anisotropy, halvings, lambda weight: same_kernel(weight, anisotropy, halvings, self.fidelity)
         )

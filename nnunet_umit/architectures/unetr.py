@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_umit.architectures.encoder import Encoding, SACViT, encoder_arguments
+from nnunet_umit.architectures.native import NativeView
 from nnunet_umit.architectures.sac import SACUp
 from nnunet_umit.architectures.stem import ConvNormAct
 from nnunet_umit.architectures.transfer import TransferReport, load_state, transfer_encoder
@@ -143,6 +144,8 @@ class UMITSegmenter(nn.Module):
         strides: read by nnU-Net from the plans to scale the deep-supervision targets; must fit token and spacing.
         logit_bound: logits are squashed to (-bound, bound): nnU-Net accumulates them in fp16.
         upsample: ``"interpolate"`` or ``"transposed"`` (SAC).
+        native: every image brings its spacing in three more channels (:mod:`nnunet_umit.architectures.native`);
+            with deep supervision all logits come at full resolution then, because strides differ between images.
         arch_kwargs: everything else goes to :class:`SACViT`.
     """
 
@@ -156,6 +159,7 @@ class UMITSegmenter(nn.Module):
         strides: Sequence[Sequence[int]] | None = None,
         logit_bound: float = 100.0,
         upsample: str = "interpolate",
+        native: bool = False,
         **arch_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -163,6 +167,7 @@ class UMITSegmenter(nn.Module):
         if unknown:
             raise ValueError(f"unknown arch_kwargs {unknown} in the plans; plan again with -pl UMITPlanner")
         self.encoder = SACViT(input_channels, **arch_kwargs)
+        self.native = native
         self._check_strides(strides)
         self.decoder = UNETRDecoder(
             self.encoder,
@@ -178,6 +183,11 @@ class UMITSegmenter(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """(B, C, D, H, W) or (B, C, H, W) of any size -> logits of that size, or a list, finest first."""
+        if self.native:
+            view = NativeView.of(image)
+            encoding = self.encoder(view.image, spacings=view.spacings, taps=self.decoder.taps)
+            restored = [view.restore(each) for each in self.decoder(encoding)]
+            return restored if self.decoder.deep_supervision else restored[0]
         logits = self.decoder(self.encoder(image, taps=self.decoder.taps))
         if image.dim() == 4:
             logits = [each.squeeze(2) for each in logits]

@@ -23,17 +23,17 @@ CURVES = ("#58a6ff", "#ff9e64", "#7ee787", "#d2a8ff", "#f2cc60", "#ff7b72", "#56
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One case: arrays of one channel, (D, H, W) or (H, W); hidden voxels of ``masked`` are NaN."""
+    """One case: arrays of one channel, (D, H, W) or (H, W), and mm per voxel along each array axis; hidden voxels of
+    ``masked`` are NaN."""
 
     case: str
     image: np.ndarray
     masked: np.ndarray
     reconstruction: np.ndarray
+    spacing: Sequence[float]
 
 
-def draw_reconstructions(
-    samples: Sequence[Reconstruction], spacing: Sequence[float], path: str | Path, title: str = ""
-) -> None:
+def draw_reconstructions(samples: Sequence[Reconstruction], path: str | Path, title: str = "") -> None:
     """Write a PNG: a row for each case and axis (central slice), columns for input, masked input and reconstruction.
 
     Slices are drawn with the true aspect ratio of the voxels. Grey levels run from the 1st to the 99th percentile of
@@ -41,7 +41,6 @@ def draw_reconstructions(
 
     Args:
         samples: one to a few cases.
-        spacing: voxel spacing in mm, one value for each array axis.
         path: file to write; replaced in one step.
         title: shown above the columns.
     """
@@ -50,7 +49,7 @@ def draw_reconstructions(
         for sample in samples
         for axis in range(sample.image.ndim if sample.image.ndim == 3 else 1)
     ]
-    extents = [_extent(sample, axis, spacing) for sample, axis in rows]
+    extents = [_extent(sample, axis) for sample, axis in rows]
     width = 2.5  # inches of one column
     heights = [min(max(width * tall / wide, 0.5), 1.6 * width) for tall, wide in extents]
     top, left, gap = 0.85, 1.25, 0.12
@@ -149,9 +148,9 @@ def _central(volume: np.ndarray, axis: int | None) -> np.ndarray:
     return volume if axis is None else np.take(volume, volume.shape[axis] // 2, axis=axis)
 
 
-def _extent(sample: Reconstruction, axis: int | None, spacing: Sequence[float]) -> tuple[float, float]:
+def _extent(sample: Reconstruction, axis: int | None) -> tuple[float, float]:
     """Height and width of a slice in mm."""
-    steps = [float(step) for step in spacing][-sample.image.ndim :]
+    steps = [float(step) for step in sample.spacing][-sample.image.ndim :]
     sides = [
         length * step
         for index, (length, step) in enumerate(zip(sample.image.shape, steps, strict=True))

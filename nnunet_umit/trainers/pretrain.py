@@ -192,11 +192,14 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         for index, case in enumerate(dataset.identifiers[:PICTURED_CASES]):
             image = self._crop(dataset, case, None)
             with self.autocast():
-                masked, filled, _ = self.autoencoder().reconstruct(
+                masked, filled, output = self.autoencoder().reconstruct(
                     self.to_device(image), self._generator("picture", index)
                 )
-            arrays = (tensor[0, 0].float().cpu().numpy() for tensor in (image, masked, filled))
-            samples.append(Reconstruction(case, *arrays))
+            spacing = output.spacings[0]
+            shown, hidden, drawn = (tensor[0, 0].float().cpu().numpy() for tensor in (output.image, masked, filled))
+            if len(spacing) == 2:
+                shown, hidden, drawn = (array.reshape(array.shape[-2:]) for array in (shown, hidden, drawn))
+            samples.append(Reconstruction(case, shown, hidden, drawn, spacing))
         title = f"{self.plans_manager.dataset_name}, {self.configuration_name}"
         explained = self.history["variance_explained"]
         if explained:
@@ -204,9 +207,7 @@ class UMITPretrainTrainer(UMITBaseTrainer):
                 f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
                 f"{round(100 * explained[-1])} % of the variance explained"
             )
-        draw_reconstructions(
-            samples, self.configuration_manager.spacing, Path(self.output_folder) / "reconstructions.png", title
-        )
+        draw_reconstructions(samples, Path(self.output_folder) / "reconstructions.png", title)
 
     def _crop(self, dataset: Any, case: str, random: np.random.RandomState | None) -> torch.Tensor:
         """A patch (1, C, *patch) from the centre of a case, or from a random place within it."""

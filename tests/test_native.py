@@ -1,0 +1,156 @@
+"""Images that bring their own spacing: views, mixed ratios in a batch, and the networks that read them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_umit.architectures.mae import MaskedAutoencoder
+from nnunet_umit.architectures.native import NativeView, append_spacing, bucket, depth_first
+from nnunet_umit.architectures.sac import SACConv
+from nnunet_umit.architectures.unetr import UMITSegmenter
+from nnunet_umit.config import PretrainConfig
+from nnunet_umit.spacing import Anisotropy, token_grid
+
+SMALL: dict[str, Any] = {
+    "embed_dim": 24, "depth": 2, "num_heads": 2, "stem_channels": (4, 6, 8),
+    "token_size": 8, "spacing": (1.0, 1.0, 1.0),
+}  # fmt: skip
+
+
+def tile(*spacings: tuple[float, ...], size: tuple[int, int, int], channels: int = 1, pad: int = 0) -> torch.Tensor:
+    """A batch with one sample for each spacing, padded with zeros on both sides of every axis."""
+    torch.manual_seed(0)
+    images = [append_spacing(torch.randn(channels, *size), spacing) for spacing in spacings]
+    return nn.functional.pad(torch.stack(images), (pad,) * 6)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "turned", "expected"),
+    [
+        ((5.0, 1.0, 1.0), (5.0, 1.0, 1.0), (0, 2, False)),
+        ((1.0, 5.0, 1.2), (5.0, 1.0, 1.2), (1, 2, False)),
+        ((1.0, 1.2, 9.0), (9.0, 1.0, 1.2), (2, 3, False)),
+        ((1.0, 1.01, 1.0), (1.0, 1.01, 1.0), (0, 0, False)),
+        ((999.0, 1.0, 1.0), (1.0, 1.0), (0, 5, True)),
+        ((40.0, 1.0, 1.0), (40.0, 1.0, 1.0), (0, 5, False)),
+    ],
+)
+def test_the_thick_axis_comes_first(
+    spacing: tuple[float, ...], turned: tuple[float, ...], expected: tuple[int, int, bool]
+) -> None:
+    assert depth_first(spacing) == turned
+    assert bucket(spacing) == expected
+
+
+def test_a_view_crops_the_padding_and_puts_logits_back() -> None:
+    batch = tile((1.0, 4.0, 1.0), size=(9, 5, 7), pad=3)
+    view = NativeView.of(batch)
+    assert view.image.shape == (1, 1, 5, 9, 7) and view.spacings == ((4.0, 1.0, 1.0),)
+    inside = batch[:, :1, 3:-3, 3:-3, 3:-3]
+    assert torch.equal(view.image, inside.transpose(2, 3))
+    logits = torch.cat((view.image, 2 * view.image), 1)
+    restored = view.restore(logits)
+    assert restored.shape == (1, 2, 15, 11, 13)
+    assert torch.equal(restored[:, :1, 3:-3, 3:-3, 3:-3], inside)
+    outside = restored.clone()
+    outside[:, :, 3:-3, 3:-3, 3:-3] = torch.nan
+    kept = outside[:, 1][~outside[:, 1].isnan()]
+    assert kept.unique().tolist() == [-30.0] and outside[0, 0, 0, 0, 0] == -15.0
+    assert restored.softmax(1)[0, 0, 0, 0, 0] > 0.999999 and restored.sigmoid()[0, :, 0, 0, 0].max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.ones(1, 3, 4, 4, 4), "takes .B, C . 3, D, H, W."),
+        (torch.ones(1, 5, 4, 4), "nnUNetv2_preprocess"),
+        (torch.zeros(1, 4, 4, 4, 4), "positive mm"),
+        (tile((1.0, 1.0, 1.0), (4.0, 1.0, 1.0), size=(4, 4, 4)), "one anisotropy level"),
+        (tile((3.0, 1.0, 1.0), (1.0, 3.0, 1.0), size=(4, 4, 4)), "one thick axis"),
+    ],
+)
+def test_bad_batches_are_named(batch: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NativeView.of(batch)
+
+
+@pytest.mark.parametrize("halvings", [0, 1, 2])
+@pytest.mark.parametrize("ratios", [(4.0, 5.5, 7.9), (1.0, 1.5, 1.9)])
+def test_mixed_ratios_equal_each_sample_alone(ratios: tuple[float, ...], halvings: int) -> None:
+    torch.manual_seed(0)
+    layer = SACConv(3, 4).double()
+    image = torch.randn(len(ratios), 3, 6, 8, 7, dtype=torch.float64)
+    together = layer(image, Anisotropy(ratios[0], ratios), halvings)
+    alone = [layer(image[i : i + 1], Anisotropy(ratio), halvings) for i, ratio in enumerate(ratios)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert not torch.allclose(together[1], layer(image[1:2], Anisotropy(ratios[0]), halvings)[0])
+
+
+def test_mixed_anisotropy_shares_a_level() -> None:
+    mixed = Anisotropy.from_spacings([(5.0, 1.0, 1.0), (6.0, 1.0, 1.5)])
+    assert mixed.ratios == (5.0, 6.0) and mixed.level == 2
+    assert mixed.at(1).ratios == (2.5, 3.0)
+    assert Anisotropy.from_spacings([(5.0, 1.0, 1.0), (10.0, 2.0, 2.0)]).ratios == ()
+    with pytest.raises(ValueError, match="one level"):
+        Anisotropy.from_spacings([(5.0, 1.0, 1.0), (9.0, 1.0, 1.0)])
+    grid = token_grid((6, 16, 16), [(4.0, 1.0, 1.0), (6.0, 1.0, 1.0)], 8, "relative")
+    assert grid.positions(0)[4] == (1.0, 0.0, 0.0) and grid.positions(1)[4] == (1.5, 0.0, 0.0)
+
+
+def segmenter(native: bool, **options: Any) -> UMITSegmenter:
+    torch.manual_seed(1)
+    arguments = {**SMALL, "decoder_channels": (4, 6, 8), **options}
+    return UMITSegmenter(1, 3, deep_supervision=False, native=native, **arguments).eval()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.3, 0.7, 0.7), (40.0, 1.0, 1.0)])
+def test_a_native_network_equals_one_that_is_planned_for_the_spacing(spacing: tuple[float, ...]) -> None:
+    native, planned = segmenter(True), segmenter(False, spacing=spacing)
+    planned.load_state_dict(native.state_dict())
+    batch = tile(spacing, size=(8, 16, 24))
+    torch.testing.assert_close(native(batch), planned(batch[:, :1]))
+
+
+def test_a_native_network_gives_2d_slices_what_the_2d_network_gives() -> None:
+    native, planar = segmenter(True), segmenter(False, spacing=(1.0, 1.0))
+    planar.load_state_dict(native.state_dict())
+    batch = tile((999.0, 1.0, 1.0), size=(1, 16, 24))
+    torch.testing.assert_close(native(batch)[:, :, 0], planar(batch[:, :1, 0]))
+
+
+def test_padding_and_axis_order_change_nothing() -> None:
+    native = segmenter(True)
+    batch = tile((4.0, 1.0, 1.0), size=(5, 16, 24))
+    plain = native(batch)
+    padded = native(nn.functional.pad(batch, (2, 3, 0, 1, 4, 4)))
+    torch.testing.assert_close(padded[:, :, 4:-4, :-1, 2:-3], plain)
+    turned = batch[:, [0, 2, 1, 3]].transpose(2, 3)  # the thick axis is now the second one
+    torch.testing.assert_close(native(turned).transpose(2, 3), plain)
+
+
+def test_a_batch_of_several_spacings_equals_each_sample_alone() -> None:
+    native = segmenter(True)
+    spacings = [(4.0, 1.0, 1.0), (5.0, 0.7, 0.7), (7.9, 1.0, 1.3)]
+    batch = tile(*spacings, size=(6, 16, 16))
+    alone = torch.cat([native(batch[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(native(batch), alone)
+    native.decoder.deep_supervision = True
+    outputs = native(batch)
+    assert len(outputs) == 3 and {output.shape for output in outputs} == {(3, 3, 6, 16, 16)}
+    torch.testing.assert_close(outputs[0], alone)
+
+
+def test_a_native_autoencoder_learns_from_what_is_inside() -> None:
+    torch.manual_seed(0)
+    config = PretrainConfig(decoder_dim=24, decoder_depth=1, decoder_heads=2)
+    network = MaskedAutoencoder.from_arch_kwargs(1, {**SMALL, "native": True}, config)
+    batch = tile((1.0, 4.0, 1.0), (1.0, 5.0, 1.0), size=(16, 4, 16))
+    output = network(batch, torch.Generator().manual_seed(0))
+    assert output.grid.shape == (2, 2, 2) and output.image.shape == (2, 1, 4, 16, 16)
+    assert output.loss.item() == pytest.approx(output.losses.mean().item())
+    padded = network(nn.functional.pad(batch, (1, 2, 3, 4, 5, 6)), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(padded.losses, output.losses)
+    masked, filled, _ = network.reconstruct(batch, torch.Generator().manual_seed(0))
+    assert masked.shape == filled.shape == (2, 1, 4, 16, 16) and masked.isnan().any() and not filled.isnan().any()
