@@ -20,7 +20,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What every training of this package has in common. Fractions are of the whole schedule."""
+    """What every training of this package has in common. Fractions are of the whole schedule.
+
+    ``thicken`` (``3d_native`` only) is the probability that an image without thick slices is given some, by averaging 2
+    to ``thickest`` neighbouring slices along a random axis.
+    """
 
     epochs: int = 250
     iterations_per_epoch: int = 250
@@ -37,6 +41,8 @@ class TrainingConfig:
     save_every: int = 1
     max_nonfinite: int = 10
     oversample_foreground: float = 0.0
+    thicken: float = 0.0
+    thickest: int = 6
 
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "max_nonfinite"):
@@ -45,10 +51,17 @@ class TrainingConfig:
             )
         for name in ("learning_rate", "clip_norm"):
             _require(self, name, _number(getattr(self, name)) and getattr(self, name) > 0, "a number > 0")
-        for name in ("minimum_learning_rate_fraction", "warmup_fraction", "drop_path", "oversample_foreground"):
+        for name in (
+            "minimum_learning_rate_fraction",
+            "warmup_fraction",
+            "drop_path",
+            "oversample_foreground",
+            "thicken",
+        ):
             _require(self, name, _number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, "from 0 to 1")
         _require(self, "weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
         _require(self, "drop_path", self.drop_path < 1, "below 1")
+        _require(self, "thickest", isinstance(self.thickest, int) and self.thickest >= 2, "a whole number >= 2")
         _require(self, "schedule", self.schedule in ("cosine", "poly"), "'cosine' or 'poly'")
         _require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -123,14 +136,14 @@ class UMITConfig:
         _require(self, "size", self.size in SIZE_NAMES, f"one of {', '.join(SIZE_NAMES)}")
 
     @classmethod
-    def for_size(cls, size: str, why: str = "") -> UMITConfig:
+    def for_size(cls, size: str, why: str = "", thicken: float = 0.0) -> UMITConfig:
         """Defaults for a network size; wider networks take smaller learning rates and more drop path."""
         learning_rate, drop_path = _SIZE_DEFAULTS.get(size, _SIZE_DEFAULTS["XS"])
         return cls(
             size=size,
             why=why,
-            pretrain=PretrainConfig(learning_rate=learning_rate),
-            finetune=FinetuneConfig(learning_rate=learning_rate, drop_path=drop_path),
+            pretrain=PretrainConfig(learning_rate=learning_rate, thicken=thicken),
+            finetune=FinetuneConfig(learning_rate=learning_rate, drop_path=drop_path, thicken=thicken),
         )
 
     @classmethod

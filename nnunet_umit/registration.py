@@ -51,6 +51,7 @@ REGISTRY = {
     (PLANNERS, "UMITPlannerB"): "nnunet_umit.plans.planner",
     (PLANNERS, "UMITPlannerL"): "nnunet_umit.plans.planner",
     (PREPROCESSORS, "UMITPreprocessor"): "nnunet_umit.plans.preprocessor",
+    (PREPROCESSORS, "UMITNativePreprocessor"): "nnunet_umit.plans.preprocessor",
 }
 
 _ROOMS = {  # what nnU-Net calls the thing, and the option that names it on the command line
@@ -189,10 +190,16 @@ def _patch_training(module: "ModuleType") -> None:
     _wrap(module, "get_trainer_from_args", _get_trainer)
 
 
+def _patch_comparison(module: "ModuleType") -> None:
+    """Wrap the check behind ``nnUNetv2_find_best_configuration``; without it UMIT cannot be compared with nnU-Net."""
+    _wrap(module, "filter_available_models", _filter_models)
+
+
 _PATCHES = {
     "nnunetv2.utilities.find_class_by_name": _patch_lookup,
     "nnunetv2.run.load_pretrained_weights": _patch_pretrained,
     "nnunetv2.run.run_training": _patch_training,
+    "nnunetv2.evaluation.find_best_configuration": _patch_comparison,
 }
 
 
@@ -302,6 +309,21 @@ def _get_trainer(
 
         require_plans(dataset_name_or_id, plans_identifier)
     return original(dataset_name_or_id, configuration, fold, trainer_name, plans_identifier, *args, **kwargs)
+
+
+def _filter_models(
+    original: "Callable[..., Any]", model_dict: "Sequence[dict[str, str]]", dataset: "int | str", *args: "Any"
+) -> "Any":
+    """``-p UMITPlans nnUNetPlans -tr UMITTrainer nnUNetTrainer`` means every plans with every trainer to nnU-Net.
+
+    A UMIT trainer never trained another planner's plans, and a stock trainer rarely ours: such pairs are left out
+    where they do not exist, and nnU-Net compares the rest. Without a UMIT trainer nothing changes.
+    """
+    if any(model["trainer"].startswith("UMIT") for model in model_dict):
+        from nnunet_umit.plans.comparison import trained_pairs
+
+        model_dict = trained_pairs(model_dict, dataset)
+    return original(model_dict, dataset, *args)
 
 
 def _unwrapped(network: "Any") -> "Any":

@@ -16,6 +16,7 @@ from typing import Any
 
 MAX_RATIO = 32.0
 MAX_LEVEL = 5
+PLANAR_RATIO = 100.0
 
 Size3 = tuple[int, int, int]
 
@@ -47,13 +48,15 @@ class Anisotropy:
     def from_spacing(cls, spacing: Sequence[float]) -> Anisotropy:
         """From voxel spacing in mm: three values (depth first) or two, which is a 2D image.
 
+        So is a depth spacing of 100 pixels and more: nnU-Net gives the missing axis of a 2D image 999 times the others.
+
         Raises:
             ValueError: another number of values, or one that is not a positive finite number.
         """
         values = [float(value) for value in spacing]
         if len(values) not in (2, 3) or any(not math.isfinite(value) or value <= 0 for value in values):
             raise ValueError(f"spacing {list(spacing)} must be two or three positive numbers in mm (depth first)")
-        if len(values) == 2:
+        if len(values) == 2 or values[0] >= PLANAR_RATIO * min(values[1:]):
             return cls(math.inf)
         return cls(min(max(values[0] / min(values[1:]), 1.0), MAX_RATIO))
 

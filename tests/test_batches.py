@@ -24,6 +24,7 @@ from nnunet_umit.trainers.batches import (
     random_state,
     workers_for_shared_memory,
 )
+from nnunet_umit.trainers.patches import PatchSamples
 from nnunet_umit.trainers.unlabelled import NoLabels, UnlabelledBlosc2, UnlabelledNumpy, unlabelled
 
 PATCH = (16, 16, 16)
@@ -49,7 +50,7 @@ def make(folder: Path, dataset_class: type = nnUNetDatasetBlosc2, seed: int = 1,
     loader = nnUNetDataLoader(
         dataset_class(str(folder)), 2, PATCH, PATCH, options.pop("labels", labels), 0.5, transforms=Jitter()
     )
-    return IndexedBatches(loader, seed=seed, stream=options.pop("stream", "train"), **options)
+    return IndexedBatches(PatchSamples(loader), seed=seed, stream=options.pop("stream", "train"), **options)
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -94,7 +95,15 @@ def test_a_batch_depends_on_its_index_only(folder: Path) -> None:
     assert not same(first, batches[6])
     assert not torch.equal(first["data"], make(folder, seed=2)[5]["data"])
     assert not torch.equal(first["data"], make(folder, stream="validation")[5]["data"])
-    assert not torch.equal(first["data"], make(folder, rank=1)[5]["data"])
+
+
+def test_ranks_share_out_a_batch(folder: Path) -> None:
+    """pumit 29: together they hold what one process would hold, and nothing twice."""
+    whole = make(folder)[5]
+    shares = [make(folder, rank=rank, ranks=2)[5] for rank in range(2)]
+    assert [share["positions"] for share in shares] == [[0], [1]]
+    assert torch.equal(torch.cat([share["data"] for share in shares]), whole["data"])
+    assert [key for share in shares for key in share["keys"]] == whole["keys"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -173,7 +182,7 @@ class Suicidal:
 
 def test_killed_workers_are_explained(folder: Path) -> None:
     batches = make(folder)
-    batches.loader.transforms = Suicidal()
+    batches.samples.loader.transforms = Suicidal()
     with pytest.raises(RuntimeError, match="nnUNet_n_proc_DA below 1"):
         next(BatchStream(batches, IndexSequence(0, 3), workers=1))
 
@@ -201,13 +210,13 @@ def test_no_label_is_opened(tmp_path: Path) -> None:
     """MAE-9: the same image batches with the segmentations deleted and the class locations gone."""
     folder = tiny_training.write_preprocessed(tmp_path, tiny_training.make_plans(), cases=3)
     before = make(folder, UnlabelledBlosc2, labels=NoLabels())
-    before.loader.oversample_foreground_percent = 0.0
+    before.samples.loader.oversample_foreground_percent = 0.0
     expected = before[3]
     assert not expected["target"].any()
     for file in [*folder.glob("*_seg.b2nd"), *folder.glob("*.pkl")]:
         file.unlink()
     after = make(folder, UnlabelledBlosc2, labels=NoLabels())
-    after.loader.oversample_foreground_percent = 0.0
+    after.samples.loader.oversample_foreground_percent = 0.0
     assert same(expected, after[3])
 
 

@@ -125,7 +125,7 @@ def test_nnunet_augmentation_has_no_stop_watch(prepare: Callable[..., dict]) -> 
     """nnU-Net's blur times two algorithms that differ in the last bits, and keeps the quicker one."""
     trainer = tiny.make_trainer(UMITTrainer, prepare(finetune={"augmentation": "nnunet"}))
     trainer.initialize()
-    transforms = trainer.training_transforms((-0.5, 0.5), (0, 1, 2), False, None).transforms
+    transforms = trainer.training_transforms((16, 16, 16), (-0.5, 0.5), (0, 1, 2), False, None).transforms
     blurs = [
         each.transform for each in transforms if isinstance(getattr(each, "transform", None), GaussianBlurTransform)
     ]

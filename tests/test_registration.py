@@ -429,6 +429,38 @@ def test_planners_do_not_import_trainers() -> None:
     assert output_of(code, "-W", "ignore") == "[]"
 
 
+def test_models_that_cannot_exist_are_left_out_of_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnUNetv2_find_best_configuration pairs every trainer with every plans and stops at the first that is missing."""
+    from nnunetv2.evaluation import find_best_configuration as module
+
+    registration.register()
+    raw, preprocessed, results = (tmp_path / name for name in ("raw", "preprocessed", "results"))
+    for name, folder in (("nnUNet_raw", raw), ("nnUNet_preprocessed", preprocessed), ("nnUNet_results", results)):
+        monkeypatch.setenv(name, str(folder))
+    dataset = preprocessed / "Dataset901_Balls"
+    dataset.mkdir(parents=True)
+    for plans in ("UMITPlans", "nnUNetPlans"):
+        (dataset / f"{plans}.json").write_text('{"plans_name": "x", "configurations": {"3d_fullres": {}}}')
+    ours, stock = (
+        {"trainer": trainer, "plans": plans, "configuration": "3d_fullres"}
+        for trainer, plans in (("UMITTrainer", "UMITPlans"), ("nnUNetTrainer", "nnUNetPlans"))
+    )
+    for model in (ours, stock):
+        (results / "Dataset901_Balls" / f"{model['trainer']}__{model['plans']}__3d_fullres").mkdir(parents=True)
+    pairs = module.dumb_trainer_config_plans_to_trained_models_dict(
+        ["UMITTrainer", "nnUNetTrainer"], ["3d_fullres"], ["UMITPlans", "nnUNetPlans"]
+    )
+    assert len(pairs) == 4
+    kept = module.filter_available_models(pairs, "Dataset901_Balls")
+    assert [dict(model) for model in kept] == [ours, stock]
+    assert "UMITTrainer was not trained with nnUNetPlans; left out" in capsys.readouterr().out
+    (results / "Dataset901_Balls" / "UMITTrainer__UMITPlans__3d_fullres").rmdir()
+    with pytest.raises(RuntimeError, match="does not have an output folder"):  # nnU-Net's own mercilessness
+        module.filter_available_models(pairs, "Dataset901_Balls")
+
+
 @pytest.mark.end_to_end
 def test_stock_command_names_the_known_trainers(nnunet_env: object) -> None:
     command = Path(sys.executable).parent / "nnUNetv2_train"

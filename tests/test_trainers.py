@@ -139,7 +139,7 @@ def test_an_ignore_label_does_not_steer_pretraining(prepare: Callable[..., dict]
     trainer = tiny.make_trainer(UMITPretrainTrainer, plans, labels=labels)
     trainer.initialize()
     stream, _ = trainer.get_dataloaders()
-    assert not stream.batches.loader.has_ignore
+    assert not stream.batches.samples.loader.has_ignore
     assert next(stream)["data"].shape == (2, 1, 16, 16, 16)
 
 

@@ -3,6 +3,7 @@ what those tests ask a trainer."""
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def make_plans(
     channels: int = 1,
     batch: int = 2,
     token_size: int = 8,
+    native: bool = False,
+    dataset: str = NAME,
     pretrain: dict[str, Any] | None = None,
     finetune: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def make_plans(
         f"resampling_fn_{kind}_kwargs": {"is_seg": kind == "seg", "order": 1, "order_z": 0, "force_separate_z": None}
         for kind in ("data", "seg", "probabilities")
     }
-    name = "2d" if planar else "3d_fullres"
+    name = "3d_native" if native else "2d" if planar else "3d_fullres"
     configuration = {
         "data_identifier": f"{PLANS}_{name}",
         "preprocessor_name": "DefaultPreprocessor",
@@ -61,6 +64,7 @@ def make_plans(
                 "stem_channels": [4, 6, 8],
                 "decoder_channels": [4, 6, 8],
                 "strides": strides,
+                **({"native": True} if native else {}),
             },
             "_kw_requires_import": [],
         },
@@ -73,8 +77,11 @@ def make_plans(
         },
         **resampling,
     }
+    if native:
+        for kind in ("data", "seg", "probabilities"):
+            configuration |= {f"resampling_fn_{kind}": "no_resampling_hack", f"resampling_fn_{kind}_kwargs": {}}
     return {
-        "dataset_name": NAME,
+        "dataset_name": dataset,
         "plans_name": PLANS,
         "original_median_spacing_after_transp": list(spacing),
         "original_median_shape_after_transp": list(patch),
@@ -95,13 +102,15 @@ def write_preprocessed(
     cases: int = 4,
     shape: tuple[int, ...] = (18, 20, 22),
     ignore: int | None = None,
+    spacings: Sequence[tuple[float, float, float]] = (),
     seed: int = 0,
 ) -> Path:
     """Write cases, plans, dataset.json and fingerprint below ``folder`` (nnUNet_preprocessed); returns the case folder.
 
     ``shape`` is (z, y, x); a 2D plan takes the last two. ``ignore`` is a label for the first quarter of each volume.
+    With ``spacings`` (native plans) each case has its own in turn, as three more channels, and a shape of as many mm.
     """
-    base = folder / NAME
+    base = folder / plans["dataset_name"]
     name, configuration = next(iter(plans["configurations"].items()))
     target = base / configuration["data_identifier"]
     target.mkdir(parents=True)
@@ -111,9 +120,11 @@ def write_preprocessed(
     channels = len(configuration["normalization_schemes"])
     rng = np.random.default_rng(seed)
     for index in range(cases):
-        image, label = synthetic.draw_case(
-            shape[-len(configuration["spacing"]) :], configuration["spacing"], channels, rng
-        )
+        size, steps = shape[-len(configuration["spacing"]) :], configuration["spacing"]
+        if spacings:
+            steps = list(spacings[index % len(spacings)])
+            size = tuple(max(round(length / step), 1) for length, step in zip(shape, steps, strict=True))
+        image, label = synthetic.draw_case(size, steps, channels, rng)
         if len(configuration["spacing"]) == 2:
             image, label = image[:, None], label[None]
         image = (image - image.mean()) / image.std()
@@ -122,6 +133,9 @@ def write_preprocessed(
         locations: dict[Any, np.ndarray] = {value: np.argwhere(label[None] == value) for value in (1, 2)}
         if ignore is not None:  # nnU-Net's key for all annotated voxels
             locations[(-1, *range(ignore))] = np.argwhere(label[None] != ignore)
+        if spacings:
+            constant = np.broadcast_to(np.asarray(steps)[:, None, None, None], (3, *size))
+            image, spacing = np.concatenate((image, constant)), steps
         nnUNetDatasetBlosc2.save_case(
             image.astype(np.float32),
             label[None].astype(np.int16),

@@ -9,6 +9,7 @@ Shape legend: B batch, C channels, D H W voxels, L tokens, K visible, M hidden, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,14 +125,14 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self,
         image: Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> MAEOutput:
         """Mask, encode, predict.
 
         Args:
             image: (B, C, D, H, W) or (B, C, H, W); (B, C + 3, D, H, W) if native.
-            generator: CPU generator that draws the masks; None uses torch's global one.
+            generator: CPU generator that draws the masks, or one for each sample; None uses torch's global one.
             masks: visible (B, K) and hidden (B, M) indices instead of drawn ones.
         """
         spacings: Spacings = [self.encoder.spacing]

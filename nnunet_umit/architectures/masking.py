@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,20 @@ def visible_count(tokens: int, mask_ratio: float) -> int:
 
 
 def random_masking(
-    batch: int, tokens: int, mask_ratio: float, generator: torch.Generator | None = None
+    batch: int,
+    tokens: int,
+    mask_ratio: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw visible (B, K) and hidden (B, L - K) token indices on the CPU, each in rising order."""
-    order = torch.rand(batch, tokens, generator=generator).argsort(1)
+    """Draw visible (B, K) and hidden (B, L - K) token indices on the CPU, each in rising order.
+
+    Args:
+        generator: one for all samples, or one for each, so that a sample's mask does not depend on its neighbours.
+    """
+    if isinstance(generator, Sequence):
+        noise = torch.stack([torch.rand(tokens, generator=each) for each in generator])
+    else:
+        noise = torch.rand(batch, tokens, generator=generator)
+    order = noise.argsort(1)
     count = visible_count(tokens, mask_ratio)
     return order[:, :count].sort(1).values, order[:, count:].sort(1).values

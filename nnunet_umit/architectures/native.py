@@ -22,7 +22,6 @@ from nnunet_umit.spacing import Anisotropy
 
 SPACING_CHANNELS = 3
 NEARLY_EQUAL = 1.02  # spacings that differ by less have no thickest axis
-PLANAR_RATIO = 100.0  # nnU-Net gives the missing axis of 2D images 999 times the pixel spacing
 OUTSIDE_LOGITS = (-15.0, -30.0)  # first class, others: background under softmax, nothing under sigmoid; fit in float16
 
 
@@ -36,7 +35,7 @@ def depth_first(spacing: Sequence[float]) -> tuple[float, ...]:
     """Spacing with the thick axis in front; two values for a 2D image."""
     axis = thick_axis(spacing)
     turned = (spacing[axis], *(spacing[each] for each in range(3) if each != axis))
-    return turned[1:] if turned[0] >= PLANAR_RATIO * min(turned[1:]) else turned
+    return turned[1:] if Anisotropy.from_spacing(turned).planar else turned
 
 
 def bucket(spacing: Sequence[float]) -> tuple[int, int, bool]:

@@ -63,14 +63,18 @@ class Task:
 
         return sizing.choose_size(tokens, base_fits)
 
-    def layout(self, size: str) -> Layout:
+    def layout(self, size: str, token_size: int | None = None) -> Layout:
         """Token and patch for a network size: first what 8-voxel tokens would lead to, then the token that suits it.
+
+        Args:
+            token_size: use this one, whatever suits.
 
         Raises:
             ValueError: not even one token per axis fits the memory target.
         """
-        unlimited = self._fit(size, sizing.DEFAULT_TOKEN_SIZE, math.inf)
-        token_size = sizing.choose_token_size(unlimited.patch, self.anisotropy)
+        if token_size is None:
+            unlimited = self._fit(size, sizing.DEFAULT_TOKEN_SIZE, math.inf)
+            token_size = sizing.choose_token_size(unlimited.patch, self.anisotropy)
         return self._fit(size, token_size, sizing.token_limit(self.anisotropy))
 
     def batch_size(self, layout: Layout) -> int:

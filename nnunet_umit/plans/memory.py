@@ -103,14 +103,17 @@ def _predict(
 ) -> TrainingMemory:
     from nnunet_umit.architectures.unetr import UMITSegmenter
 
+    arch_kwargs = json.loads(arch_json)
+    native = arch_kwargs.pop("native", False)  # spacing channels would be read, and there is nothing to read
     with without_data(precision):
-        network = UMITSegmenter(input_channels, num_classes, deep_supervision=True, **json.loads(arch_json)).train()
+        network = UMITSegmenter(input_channels, num_classes, deep_supervision=True, **arch_kwargs).train()
         one, two = (
             saved_tensors(network, torch.empty((batch, input_channels, *patch_size)), precision) for batch in (1, 2)
         )
     sample = two.saved_bytes - one.saved_bytes
-    logits = sum(math.prod(shape) for shape in one.logit_shapes)
-    voxels = sum(math.prod(shape[2:]) for shape in one.logit_shapes)
+    shapes = one.logit_shapes[:1] * len(one.logit_shapes) if native else one.logit_shapes  # native: all at full size
+    logits = sum(math.prod(shape) for shape in shapes)
+    voxels = sum(math.prod(shape[2:]) for shape in shapes)
     loss = LOSS_BYTES_PER_LOGIT * logits + LOSS_BYTES_PER_VOXEL * voxels
     return TrainingMemory(
         parameters=sum(parameter.numel() for parameter in network.parameters()),

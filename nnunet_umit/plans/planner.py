@@ -2,8 +2,8 @@
 
 Fingerprint, transpose, target spacing, resampling and normalisation are nnU-Net's and stay so (CT stays CT). What is
 ours is `get_plans_for_configuration`: token, patch, batch, network size (see `layout`), and the ``umit`` block. Planned
-are ``3d_fullres`` and ``2d``; a low-resolution cascade would add one input channel per class and so break the transfer
-of a pre-trained encoder.
+are ``3d_fullres`` and ``2d``, and ``3d_native`` without resampling (see `native`); a low-resolution cascade would add
+one input channel per class and so break the transfer of a pre-trained encoder.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunet_umit.config import UMITConfig
 from nnunet_umit.plans import report
+from nnunet_umit.plans.configuration import NETWORK, SMALL_PATCH, plan_configuration
 from nnunet_umit.plans.layout import Task
 from nnunet_umit.plans.memory import GB
+from nnunet_umit.plans.native import THICKEN, native_configuration, representative
 from nnunet_umit.plans.sizing import SizeChoice
 
-NETWORK = "nnunet_umit.architectures.unetr.UMITSegmenter"
-PLANNED = ("3d_fullres", "2d")
+PLANNED = ("3d_fullres", "2d", "3d_native")
 STOCK_PREPROCESSOR = "DefaultPreprocessor"  # what the command line passes when the user says nothing
-SMALL_PATCH = 0.25  # nnU-Net computes Dice over the batch when a patch covers less of the median image than this
 
 
 class UMITPlanner(ExperimentPlanner):
@@ -85,47 +84,71 @@ class UMITPlanner(ExperimentPlanner):
     ) -> dict[str, Any]:
         """One configuration. `spacing` (mm) and `median_shape` (voxels) are already transposed, depth first; two values
         mean 2D. nnU-Net calculates with the returned spacing, so it stays an array."""
-        classes, channels = self._heads_and_channels()
-        task = Task(
-            spacing=tuple(float(value) for value in spacing),
-            median_shape=tuple(float(size) for size in median_shape),
-            dataset_voxels=float(approximate_n_voxels_dataset),
-            input_channels=channels,
-            num_classes=classes,
-            target_bytes=self.UNet_vram_target_GB * GB,
-        )
-        choice = self._size_for(task)
-        layout = task.layout(choice.size)
+        task = self._task(spacing, median_shape, approximate_n_voxels_dataset)
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
-        normalisation, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
         return {
-            "data_identifier": data_identifier,
+            **self._configuration(task, data_identifier),
             "preprocessor_name": self.preprocessor_name,
-            "batch_size": task.batch_size(layout),
-            "patch_size": list(layout.patch),
             "median_image_size_in_voxels": np.asarray(median_shape),
             "spacing": np.asarray(spacing, dtype=float),
-            "normalization_schemes": normalisation,
-            "use_mask_for_norm": use_mask,
             "resampling_fn_data": data.__name__,
             "resampling_fn_seg": seg.__name__,
             "resampling_fn_data_kwargs": data_kwargs,
             "resampling_fn_seg_kwargs": seg_kwargs,
             "resampling_fn_probabilities": probabilities.__name__,
             "resampling_fn_probabilities_kwargs": probabilities_kwargs,
-            "architecture": {
-                "network_class_name": NETWORK,
-                "arch_kwargs": layout.arch_kwargs,
-                "_kw_requires_import": [],
-            },
-            "umit": UMITConfig.for_size(choice.size, choice.why).to_dict(),
         }
+
+    def get_native_plans(self, plans: dict[str, Any]) -> dict[str, Any]:
+        """The configuration ``3d_native``: no resampling, every image brings its spacing along.
+
+        It has the tokens of the resampled configuration, so that weights move between the two unchanged.
+        """
+        order = list(plans["transpose_forward"])
+        resampled = plans["configurations"].get("3d_fullres", plans["configurations"]["2d"])
+        spacings, shapes = (
+            np.asarray(self.dataset_fingerprint[name], dtype=float)[:, order]
+            for name in ("spacings", "shapes_after_crop")
+        )
+        extent = representative(spacings.tolist(), shapes.tolist())
+        voxels = float(shapes.prod(1).mean()) * self.dataset_json["numTraining"]
+        configuration = self._configuration(
+            self._task(extent.spacing, extent.shape, voxels),
+            self.generate_data_identifier("3d_native"),
+            thicken=THICKEN,
+            token_size=resampled["architecture"]["arch_kwargs"]["token_size"],
+        )
+        return native_configuration(configuration, extent)
+
+    def _task(self, spacing: Any, median_shape: Any, dataset_voxels: float) -> Task:
+        classes, channels = self._heads_and_channels()
+        return Task(
+            spacing=tuple(float(value) for value in spacing),
+            median_shape=tuple(float(size) for size in median_shape),
+            dataset_voxels=float(dataset_voxels),
+            input_channels=channels,
+            num_classes=classes,
+            target_bytes=self.UNet_vram_target_GB * GB,
+        )
+
+    def _configuration(self, task: Task, data_identifier: str, **options: Any) -> dict[str, Any]:
+        """What every configuration has: network, patch, batch, normalisation and the umit block."""
+        normalisation, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        return plan_configuration(
+            task,
+            self._size_for(task),
+            data_identifier=data_identifier,
+            normalisation=normalisation,
+            use_mask=use_mask,
+            **options,
+        )
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Save; of the configurations in an older file of that name only those the user added survive."""
-        recursive_fix_for_json_export(plans)
         configurations = plans["configurations"]
+        configurations["3d_native"] = self.get_native_plans(plans)
+        recursive_fix_for_json_export(plans)
         if "3d_fullres" in configurations:
             full = configurations["3d_fullres"]
             covered = math.prod(full["patch_size"]) / math.prod(full["median_image_size_in_voxels"])
@@ -151,7 +174,7 @@ class UMITPlanner(ExperimentPlanner):
     def _size_for(self, task: Task) -> SizeChoice:
         """All configurations of a dataset share one network size, so that weights move between them."""
         if self._choice is not None:
-            same = f"{self._choice.size} as in 3d_fullres, so that one set of weights serves both."
+            same = f"{self._choice.size} as in the first configuration, so that one set of weights serves both."
             return replace(self._choice, why=same)
         if self.size is not None:
             self._choice = SizeChoice(self.size, f"{self.size} because {type(self).__name__} was asked for.")

@@ -62,3 +62,27 @@ class UMITPreprocessor(DefaultPreprocessor):
         if problem is not None:
             raise integrity.BadImageError(str(problem))
         return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+
+class UMITNativePreprocessor(UMITPreprocessor):
+    """For ``3d_native``: every case keeps its own grid, and its spacing follows the image as three constant channels.
+
+    The plans name nnU-Net's ``no_resampling_hack`` as resampling function, for images, labels and predictions.
+    """
+
+    def run_case_npy(
+        self,
+        data: NDArray[Any],
+        seg: NDArray[Any] | None,
+        properties: dict[str, Any],
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        dataset_json: dict[str, Any] | str,
+    ) -> tuple[NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """As for every case; the image comes back as (C + 3, D, H, W), spacing in mm in the axis order of the plans."""
+        image, label, properties = super().run_case_npy(
+            data, seg, properties, plans_manager, configuration_manager, dataset_json
+        )
+        spacing = np.asarray([properties["spacing"][axis] for axis in plans_manager.transpose_forward], np.float32)
+        channels = np.broadcast_to(spacing[:, None, None, None], (3, *image.shape[1:]))
+        return np.concatenate((image, channels)), label, properties

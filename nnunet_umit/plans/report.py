@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_umit.plans.memory import GB, predict_training_memory
-from nnunet_umit.plans.sizing import count_tokens, token_shape
+from nnunet_umit.plans.sizing import count_tokens
 from nnunet_umit.spacing import Anisotropy
 
 COLUMNS = (
@@ -62,7 +62,7 @@ def table_rows(plans: Mapping[str, Any], heads: int, channels: int, with_cpu: bo
             continue  # another planner's, or inherited
         arch, patch = configuration["architecture"]["arch_kwargs"], tuple(configuration["patch_size"])
         anisotropy = Anisotropy.from_spacing(arch["spacing"])
-        token, batch = token_shape(arch["token_size"], anisotropy), configuration["batch_size"]
+        token, batch = anisotropy.token(arch["token_size"])[3 - len(patch) :], configuration["batch_size"]
         memory = predict_training_memory(arch, patch, channels, heads, "mixed")
         rows.append(
             (
@@ -111,9 +111,13 @@ def next_commands(dataset_name: str, plans_name: str, configurations: Sequence[s
     weights = "/".join((results, dataset_name, model, "fold_all", "checkpoint_final.pth"))
     train, chosen = f"nnUNetv2_train {number} {configuration}", f"-p {plans_name}"
     predict = f"nnUNetv2_predict -d {number} -c {configuration} -f 0"
+    preprocess = f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c"
+    resampled = " ".join(name for name in configurations if name != "3d_native")
     return [
         "# preprocess (nnUNetv2_plan_and_preprocess does this for you)",
-        f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {' '.join(configurations)}",
+        f"{preprocess} {resampled}",
+        "# for training at each image's own spacing: preprocess this as well, and train it instead of the other",
+        f"{preprocess} 3d_native",
         "# pre-train on all images, without labels",
         f"{train} all -tr UMITPretrainTrainer {chosen}",
         "# fine-tune (leave the last option away to train from scratch)",

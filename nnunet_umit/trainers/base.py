@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import distributed
 
-from nnunet_umit.config import TrainingConfig
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.batches import derive_seed
 from nnunet_umit.trainers.cpu import keep_freed_memory, use_own_cores
@@ -29,6 +28,7 @@ from nnunet_umit.trainers.loading import LoadingTrainer
 from nnunet_umit.trainers.optimisation import LearningRateSchedule, adamw, parameter_groups
 from nnunet_umit.trainers.pictures import Panel, draw_progress
 from nnunet_umit.trainers.progress import StepProgress
+from nnunet_umit.trainers.ranks import own_device, wrapping_on
 from nnunet_umit.trainers.requirements import read_plan, require_cases, require_folders
 
 
@@ -48,6 +48,8 @@ class UMITBaseTrainer(LoadingTrainer):
         self.umit = read_plan(plans, configuration)
         require_folders()
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:
+            self.device = own_device(device)
         config = self.config
         self.num_epochs = config.epochs
         self.num_iterations_per_epoch = config.iterations_per_epoch
@@ -55,24 +57,24 @@ class UMITBaseTrainer(LoadingTrainer):
         self.initial_lr = config.learning_rate
         self.weight_decay = config.weight_decay
         self.oversample_foreground_percent = config.oversample_foreground
+        if config.thicken and not self.native:
+            raise ValueError(
+                f"umit.{self.section}.thicken is {config.thicken} in configuration {configuration}, whose network "
+                "cannot be told of a spacing that changes; set it to 0, or train 3d_native"
+            )
         self.save_every = config.save_every
         self.seed = config.seed
         self.continued = False
         self.step_in_epoch = 0
-        self.history: dict[str, list[float]] = {}
+        self.history: dict[str, list[Any]] = {}
         self.transfer: dict[str, Any] | None = None
         self.guard = NonFiniteGuard(config.max_nonfinite, self.print_to_log_file, self.name_last_good)
         self.progress = StepProgress(self.print_to_log_file, shown=self.local_rank == 0)
         if self.device.type == "cpu":
             use_own_cores()
             keep_freed_memory()
-        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 8:
+        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] >= 8:
             self.grad_scaler = None  # bfloat16 (emulated, slowly, on older GPUs) has float32's range: nothing to scale
-
-    @property
-    def config(self) -> TrainingConfig:
-        """The section of the plan's umit block that this trainer obeys."""
-        return getattr(self.umit, self.section)
 
     def iteration(self) -> int:
         """Number of the present step, counted over the whole training."""
@@ -108,7 +110,8 @@ class UMITBaseTrainer(LoadingTrainer):
         """Build network, optimiser and loss; the initial weights depend on the plan's seed only."""
         require_cases(self)
         torch.manual_seed(derive_seed(self.seed, "weights"))
-        super().initialize()
+        with wrapping_on(self.device):
+            super().initialize()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
         """AdamW with one group for each layer, and a schedule that keeps their ratio."""

@@ -2,9 +2,13 @@
 
 nnU-Net's loaders draw from random generators that live in worker processes, so a batch depends on how many workers
 there are, which of them was quicker, and how often a training was restarted. Here batch number ``i`` is made by seeding
-all generators from ``(seed, stream, i)`` and asking nnU-Net's own loader for one batch. The same index gives the same
-batch in every process, with any number of workers; a resumed training starts at index ``epoch * iterations_per_epoch``
-and needs no generator state; validation asks for the same indices in every epoch.
+all generators from ``(seed, stream, i)`` to draw which samples it holds, and from ``(seed, stream, i, j)`` to make
+sample ``j``. The same index gives the same batch in every process, with any number of workers; a resumed training
+starts at index ``epoch * iterations_per_epoch`` and needs no generator state; validation asks for the same indices in
+every epoch.
+
+The ranks of a distributed training share out the samples of one batch between them, so together they see what a single
+process would see, and no sample twice.
 """
 
 from __future__ import annotations
@@ -13,14 +17,13 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 PREFETCH = 3  # batches that each worker makes ahead
@@ -40,6 +43,13 @@ def derive_seed(seed: int, stream: str, *indices: int) -> int:
     return int(words[0] >> np.uint64(1))  # torch takes signed 64-bit seeds
 
 
+def seed_generators(seed: int) -> None:
+    """Seed Python, numpy and torch (CPU)."""
+    random.seed(seed)
+    np.random.seed(np.random.SeedSequence(seed).generate_state(4))
+    torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def random_state(seed: int) -> Iterator[None]:
     """Seed Python, numpy and torch (CPU), use one torch thread, and put everything back afterwards.
@@ -48,9 +58,7 @@ def random_state(seed: int) -> Iterator[None]:
     """
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state(), torch.get_num_threads()
     try:
-        random.seed(seed)
-        np.random.seed(np.random.SeedSequence(seed).generate_state(4))
-        torch.default_generator.manual_seed(seed)
+        seed_generators(seed)
         torch.set_num_threads(1)
         yield
     finally:
@@ -60,38 +68,65 @@ def random_state(seed: int) -> Iterator[None]:
         torch.set_num_threads(states[3])
 
 
+class Samples(Protocol):
+    """Where batches come from; must carry no state of its own."""
+
+    def draw(self) -> Sequence[Any]:
+        """Which samples a whole batch holds, over all ranks, from numpy's present state."""
+
+    def make(self, request: Any, position: int) -> tuple[torch.Tensor, Any, str, str]:
+        """One sample: image (C, *patch), target (or targets), name of the case, and the group it is logged with."""
+
+
 class IndexedBatches(Dataset):
-    """nnU-Net's loader as a map from an index to a batch.
+    """A map from an index to a batch, or to a rank's share of it.
 
     Args:
-        loader: makes one batch out of the present state of the generators; must carry no state of its own.
+        samples: draws and makes samples from the present state of the generators.
         seed: the seed of the plan.
         stream: ``"train"`` or ``"validation"``.
-        rank: processes of a distributed training draw different batches.
+        rank, ranks: position in a distributed training and its size.
     """
 
-    def __init__(self, loader: nnUNetDataLoader, *, seed: int, stream: str, rank: int = 0) -> None:
-        self.loader = loader
+    def __init__(self, samples: Samples, *, seed: int, stream: str, rank: int = 0, ranks: int = 1) -> None:
+        self.samples = samples
         self.seed = seed
         self.stream = stream
         self.rank = rank
+        self.ranks = ranks
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The batch ``{"data": (B, C, *patch), "target": ..., "keys": [case, ...], "index": index}``."""
-        seed = derive_seed(self.seed, self.stream, self.rank, index)
-        try:
-            with random_state(seed):
-                batch = self.loader.generate_train_batch()
-        except Exception as error:
-            with random_state(seed):
-                cases = ", ".join(dict.fromkeys(str(case) for case in self.loader.get_indices()))
-            raise RuntimeError(
-                f"batch {index} of the {self.stream} data could not be made from the cases {cases}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        batch["keys"] = [str(case) for case in batch["keys"]]
-        batch["index"] = index
-        return batch
+        """The batch: ``data`` (B, C, *patch), ``target``, ``keys`` (cases), ``groups``, ``positions``, ``index``."""
+        seed = derive_seed(self.seed, self.stream, index)
+        made, positions = [], []
+        with random_state(seed):
+            requests = self.samples.draw()
+            for position in range(self.rank, len(requests), self.ranks):
+                seed_generators(derive_seed(seed, "sample", position))
+                try:
+                    made.append(self.samples.make(requests[position], position))
+                except Exception as error:
+                    raise RuntimeError(
+                        f"batch {index} of the {self.stream} data could not be made, because of case "
+                        f"{requests[position]}: {type(error).__name__}: {error}"
+                    ) from error
+                positions.append(position)
+        images, targets, keys, groups = zip(*made, strict=True)
+        return {
+            "data": torch.stack(images),
+            "target": _stack(targets),
+            "keys": list(keys),
+            "groups": list(groups),
+            "positions": positions,
+            "index": index,
+        }
+
+
+def _stack(targets: Sequence[Any]) -> Any:
+    """Targets of several samples, each a tensor or a list of tensors of falling resolution."""
+    if isinstance(targets[0], list):
+        return [torch.stack(level) for level in zip(*targets, strict=True)]
+    return torch.stack(list(targets))
 
 
 class IndexSequence(Sampler[int]):

@@ -26,6 +26,7 @@ from nnunet_umit.config import FinetuneConfig, get_umit_config
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.optimisation import frozen_parameters, last_layer, set_layer_decay, set_trainable
 from nnunet_umit.trainers.pictures import Panel
+from nnunet_umit.trainers.ranks import wrap
 
 
 class UMITTrainer(UMITBaseTrainer):
@@ -75,12 +76,14 @@ class UMITTrainer(UMITBaseTrainer):
         self.inference_allowed_mirroring_axes = axes
         return rotation, dummy_2d, initial_patch_size, axes
 
-    def training_transforms(self, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> BasicTransform:
+    def training_transforms(
+        self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
+    ) -> BasicTransform:
         """Augmentation ``nnunet``, ``light`` (flips, noise, brightness, gamma) or ``none``."""
         use_mask = self.configuration_manager.use_mask_for_norm
         if self.config.augmentation == "nnunet":
             transforms = self.get_training_transforms(
-                self.configuration_manager.patch_size,
+                patch,
                 rotation,
                 scales,
                 mirror_axes,
@@ -128,22 +131,27 @@ class UMITTrainer(UMITBaseTrainer):
                 f"{'frozen' if self.current_epoch < self.config.freeze_epochs else 'trained from now on'}"
             )
             if isinstance(self.network, DistributedDataParallel):  # it remembers which gradients to expect
-                self.network = DistributedDataParallel(self.network.module, device_ids=[self.local_rank])
+                self.network = wrap(self.network.module, self.device)
         super().on_train_epoch_start()
 
     def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """nnU-Net's loss."""
         output = self.network(self.to_device(batch["data"]))
-        return self.loss(output, self.to_device(batch["target"]))
+        return self.loss(output, self._targets(output, batch))
+
+    def _targets(self, output: Any, batch: dict[str, Any]) -> Any:
+        """A target for every output; native networks give all of them at full resolution."""
+        target = self.to_device(batch["target"])
+        return [target] * len(output) if isinstance(output, list) and not isinstance(target, list) else target
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Loss, and true and false positives and false negatives of every class (nnU-Net's pseudo Dice).
 
         nnU-Net's own step always uses float16, which a network trained in bfloat16 may overflow.
         """
-        target = self.to_device(batch["target"])
         with self.autocast():
             output = self.network(self.to_device(batch["data"]))
+            target = self._targets(output, batch)
             loss = float(self.loss(output, target))
         if self.enable_deep_supervision:
             output, target = output[0], target[0]

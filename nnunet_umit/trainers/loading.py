@@ -8,14 +8,28 @@ from typing import Any
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import distributed
 
+from nnunet_umit.architectures.native import SPACING_CHANNELS
+from nnunet_umit.config import TrainingConfig
+from nnunet_umit.spacing import Anisotropy
 from nnunet_umit.trainers.batches import (
     PREFETCH,
     BatchStream,
     IndexedBatches,
     IndexSequence,
+    Samples,
     workers_for_shared_memory,
 )
+from nnunet_umit.trainers.native import (
+    ZOOM_PROBABILITY,
+    TransformAugmentation,
+    native_shapes,
+    prepare,
+    read_table,
+    rotation_for,
+)
+from nnunet_umit.trainers.patches import CaseTable, Jitter, NativeSamples, PatchSamples
 from nnunet_umit.trainers.resume import ResumableTrainer
 
 
@@ -23,6 +37,11 @@ class LoadingTrainer(ResumableTrainer):
     """nnU-Net's split and loader, behind streams that give the same batches after a restart."""
 
     seed: int  # of the plan
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The section of the plan's umit block that this trainer obeys."""
+        return getattr(self.umit, self.section)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, with a clear error where five folds cannot be made.
@@ -39,8 +58,8 @@ class LoadingTrainer(ResumableTrainer):
                 )
         return super().do_split()
 
-    def training_transforms(self, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> Any:
-        """Transforms of one training sample."""
+    def training_transforms(self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> Any:
+        """Transforms of one training sample of ``patch`` voxels."""
         raise NotImplementedError
 
     def validation_transforms(self, scales: Any) -> Any:
@@ -51,24 +70,22 @@ class LoadingTrainer(ResumableTrainer):
         """What the loader asks about labels."""
         return self.label_manager
 
+    @property
+    def native(self) -> bool:
+        """Whether images keep their own grid and bring their spacing along (``3d_native``)."""
+        return bool(self.configuration_manager.network_arch_init_kwargs.get("native", False))
+
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of training batches, from the present epoch on, and of the same validation batches every epoch."""
-        patch_size = self.configuration_manager.patch_size
-        scales = self._get_deep_supervision_scales()
-        rotation, dummy_2d, larger_patch, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
         training, validation = self.get_tr_and_val_datasets()
         first, last = (epoch * self.num_iterations_per_epoch for epoch in (self.current_epoch, self.num_epochs))
         workers = self._workers()
-        train_transforms = self.training_transforms(rotation, mirror_axes, dummy_2d, scales)
+        samples = self._native_samples if self.native else self._samples
         return (
-            self._stream("train", training, larger_patch, train_transforms, IndexSequence(first, last), workers),
+            self._stream("train", samples(training, True), IndexSequence(first, last), workers),
             self._stream(
                 "validation",
-                validation,
-                patch_size,
-                self.validation_transforms(scales),
+                samples(validation, False),
                 IndexSequence(period=self.num_val_iterations_per_epoch),
                 min(workers, max(1, workers // 2)),
             ),
@@ -76,9 +93,8 @@ class LoadingTrainer(ResumableTrainer):
 
     def _workers(self) -> int:
         wanted = get_allowed_n_proc_DA()
-        batch_bytes = (
-            self.batch_size * math.prod(self.configuration_manager.patch_size) * (4 * self.num_input_channels + 4)
-        )
+        channels = self.num_input_channels + (SPACING_CHANNELS if self.native else 0)
+        batch_bytes = self.batch_size * math.prod(self.configuration_manager.patch_size) * (4 * channels + 4)
         fitting = workers_for_shared_memory(wanted, batch_bytes=batch_bytes, prefetch=2 * PREFETCH)
         if fitting < wanted:
             self.print_to_log_file(
@@ -87,17 +103,63 @@ class LoadingTrainer(ResumableTrainer):
             )
         return fitting
 
-    def _stream(
-        self, name: str, dataset: Any, larger_patch: Any, transforms: Any, indices: IndexSequence, workers: int
-    ) -> BatchStream:
+    def _samples(self, dataset: Any, training: bool) -> PatchSamples:
+        """Patches of resampled cases."""
+        patch = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, larger_patch, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if training:
+            transforms = self.training_transforms(patch, rotation, mirror_axes, dummy_2d, scales)
+        else:
+            larger_patch, transforms = patch, self.validation_transforms(scales)
         loader = nnUNetDataLoader(
             dataset,
-            self.batch_size,
+            self.configuration_manager.batch_size,
             larger_patch,
-            self.configuration_manager.patch_size,
+            patch,
             self.loader_labels(),
-            oversample_foreground_percent=self.oversample_foreground_percent,
+            oversample_foreground_percent=self.config.oversample_foreground,
             transforms=transforms,
         )
-        batches = IndexedBatches(loader, seed=self.seed, stream=name, rank=self.local_rank)
+        return PatchSamples(loader)
+
+    def _native_samples(self, dataset: Any, training: bool) -> NativeSamples:
+        """Patches of cases on their own grid, each batch of one anisotropy level."""
+        manager = self.configuration_manager
+        patch = tuple(manager.patch_size)
+        planned = Anisotropy.from_spacing(manager.network_arch_init_kwargs["spacing"])
+        chosen, _, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        prepared = {}
+        for shape in native_shapes(patch, planned):
+            if training:
+                rotation, in_plane, read = (None, False, shape) if chosen is None else rotation_for(shape)
+                transforms = self.training_transforms(shape, rotation, mirror_axes, in_plane, None)
+            else:
+                read, transforms = shape, self.validation_transforms(None)
+            prepared[shape] = prepare(read, transforms)
+        jitter = Jitter()
+        if training:
+            zoom = 0.0 if chosen is None else ZOOM_PROBABILITY
+            jitter = Jitter(thicken=self.config.thicken, thickest=self.config.thickest, zoom=zoom)
+        return NativeSamples(
+            dataset,
+            self.case_table(dataset),
+            batch_size=manager.batch_size,
+            patch=patch,
+            planned=planned,
+            labels=self.loader_labels(),
+            oversample_foreground=self.config.oversample_foreground,
+            jitter=jitter,
+            augmentation=TransformAugmentation(prepared),
+        )
+
+    def case_table(self, dataset: Any) -> CaseTable:
+        """Spacing and weight of every case of a native dataset."""
+        return read_table(dataset)
+
+    def _stream(self, name: str, samples: Samples, indices: IndexSequence, workers: int) -> BatchStream:
+        ranks = distributed.get_world_size() if self.is_ddp else 1
+        batches = IndexedBatches(samples, seed=self.seed, stream=name, rank=self.local_rank, ranks=ranks)
         return BatchStream(batches, indices, workers=workers, pin_memory=self.device.type == "cuda")

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgeneratorsv2.transforms.intensity.brightness import (
     BrightnessAdditiveTransform,
     MultiplicativeBrightnessTransform,
@@ -20,15 +19,22 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed, nn
 
 from nnunet_umit.architectures.mae import MaskedAutoencoder
+from nnunet_umit.architectures.native import SPACING_CHANNELS, thick_axis
 from nnunet_umit.architectures.transfer import save_encoder
 from nnunet_umit.config import PretrainConfig, get_umit_config
+from nnunet_umit.plans.corpus import Corpus
+from nnunet_umit.plans.native import crop_shape
+from nnunet_umit.spacing import Anisotropy
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.batches import derive_seed
+from nnunet_umit.trainers.corpus import CorpusDataset, corpus_table
+from nnunet_umit.trainers.patches import CaseTable, read_crop
 from nnunet_umit.trainers.pictures import Panel, Reconstruction, draw_reconstructions
-from nnunet_umit.trainers.summary import describe_encoder, summarise, write_json
+from nnunet_umit.trainers.summary import GroupLosses, describe_encoder, summarise, write_json
 from nnunet_umit.trainers.unlabelled import NoLabels, unlabelled
 
 CROPS_PER_CASE = 4  # random crops that the final masked loss of a case is the mean of
+MOST_SCORED = 500  # cases, evenly spaced, that the final masked loss is the mean of
 PICTURED_CASES = 2
 SCALE, SHIFT = (0.9, 1.1), 0.1  # light intensity augmentation, in units of the normalised image
 
@@ -57,7 +63,11 @@ class UMITPretrainTrainer(UMITBaseTrainer):
                 "no label and cannot know where the foreground is; set it to 0 in the plans"
             )
         self.enable_deep_supervision = False
-        self.history = {"variance_explained": []}
+        self.history = {"variance_explained": [], "group_losses": []}
+        self.group_losses = GroupLosses()
+        self.corpus = Corpus.read(self.preprocessed_dataset_folder)
+        if self.corpus is not None and fold != "all":
+            raise ValueError(f"fold {fold} of a corpus: the images of a case would fall apart; train fold 'all'")
 
     @property
     def config(self) -> PretrainConfig:
@@ -86,9 +96,17 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         return cast(MaskedAutoencoder, self.unwrapped())
 
     def initialize(self) -> None:
-        """As for every UMIT trainer, with the dataset class that opens no label."""
+        """As for every UMIT trainer, with a dataset class that opens no label, or that stands for a whole corpus."""
+        folder = self.preprocessed_dataset_folder
+        if self.corpus is not None:  # nnU-Net looks what kind of files there are; the corpus itself holds none
+            self.preprocessed_dataset_folder = str(self.corpus.folder(0))
         super().initialize()
-        self.dataset_class = unlabelled(self.dataset_class)
+        self.preprocessed_dataset_folder = folder
+        self.dataset_class = unlabelled(self.dataset_class) if self.corpus is None else CorpusDataset
+
+    def case_table(self, dataset: Any) -> CaseTable:
+        """Spacing and weight of every case."""
+        return super().case_table(dataset) if self.corpus is None else corpus_table(self.corpus)
 
     def _do_i_compile(self) -> bool:
         """Only on request (``nnUNet_compile=t``): compiling takes longer than it saves in short pre-trainings."""
@@ -115,7 +133,9 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         self.inference_allowed_mirroring_axes = tuple(range(len(patch_size)))
         return None, False, patch_size, self.inference_allowed_mirroring_axes
 
-    def training_transforms(self, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> ComposeTransforms:
+    def training_transforms(
+        self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
+    ) -> ComposeTransforms:
         """Mirroring of every axis (p 0.5), and a small change of scale and offset per channel."""
         return ComposeTransforms(
             [
@@ -133,15 +153,35 @@ class UMITPretrainTrainer(UMITBaseTrainer):
     def _generator(self, stream: str, *indices: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed_for(stream, *indices))
 
+    def _generators(self, stream: str, batch: dict[str, Any], *indices: int) -> list[torch.Generator]:
+        """One for each sample of a batch, by its position in the batch of all ranks."""
+        seeds = (derive_seed(self.seed, stream, *indices, position) for position in batch["positions"])
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
     def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Masked loss; the masks depend on the seed and the number of the step only."""
-        return self.network(self.to_device(batch["data"]), self._generator("mask", self.iteration())).loss
+        """Masked loss; the masks depend on the seed, the number of the step and the position in the batch only.
+
+        Ranks whose images have more tokens count for more, so the gradient is that of one process with all images.
+        """
+        masks = self._generators("mask", batch, self.iteration())
+        output = self.network(self.to_device(batch["data"]), masks)
+        self.group_losses.add(batch["groups"], output.losses.tolist())
+        return output.loss * self.share(output.hidden.numel())
+
+    def share(self, tokens: int) -> float:
+        """Tokens of this rank over the mean of all ranks; 1 in a single process."""
+        if not self.is_ddp:
+            return 1.0
+        total = torch.tensor(float(tokens), device=self.device)
+        distributed.all_reduce(total)
+        return tokens * distributed.get_world_size() / float(total)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """Masked loss and target power under masks that are the same in every epoch."""
-        generator = self._generator("validation mask", batch["index"])
         with self.autocast():
-            output = self.network(self.to_device(batch["data"]), generator)
+            output = self.network(
+                self.to_device(batch["data"]), self._generators("validation mask", batch, batch["index"])
+            )
         result = {"loss": float(output.loss), "power": float(output.target_power)}
         self.end_validation_step(batch, result["loss"])
         return result
@@ -156,10 +196,13 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         self.logger.log("mean_fg_dice", score, self.current_epoch)
         self.logger.log("dice_per_class_or_region", [score], self.current_epoch)
         self.history["variance_explained"].append(explained)
+        self.history["group_losses"].append(self.group_losses.means(self.gather))
 
     def describe_epoch(self) -> list[str]:
-        """Masked loss and variance explained."""
+        """Masked loss and variance explained; the loss of every dataset and level where there are several."""
+        groups = self.history["group_losses"][-1]
         return [
+            *(f"masked loss, {name}: {loss:.4f} ({count} samples)" for name, (loss, count) in groups.items() if name),
             f"masked loss, training: {self.logged('train_losses')[-1]:.4f}",
             f"masked loss, validation: {self.logged('val_losses')[-1]:.4f}",
             f"variance explained, validation: {100 * self.history['variance_explained'][-1]:.1f} %",
@@ -189,7 +232,8 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         _, dataset = self.get_tr_and_val_datasets()
         samples = []
         self.network.eval()
-        for index, case in enumerate(dataset.identifiers[:PICTURED_CASES]):
+        pictured = dataset.identifiers[:: max(len(dataset.identifiers) // PICTURED_CASES, 1)][:PICTURED_CASES]
+        for index, case in enumerate(pictured):
             image = self._crop(dataset, case, None)
             with self.autocast():
                 masked, filled, output = self.autoencoder().reconstruct(
@@ -212,16 +256,26 @@ class UMITPretrainTrainer(UMITBaseTrainer):
     def _crop(self, dataset: Any, case: str, random: np.random.RandomState | None) -> torch.Tensor:
         """A patch (1, C, *patch) from the centre of a case, or from a random place within it."""
         data, _, _, _ = dataset.load_case(case)
-        patch = list(self.configuration_manager.patch_size)
+        patch = self._patch(data)
         flat = len(patch) == 2
         patch = [1, *patch] if flat else patch
-        box = []
+        lower = []
         for size, wanted in zip(data.shape[1:], patch, strict=True):
             slack = size - wanted
-            first = slack // 2 if random is None or slack <= 0 else int(random.randint(0, slack + 1))
-            box.append([first, first + wanted])
-        image = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(data, box, 0), dtype=np.float32))[None]
+            lower.append(slack // 2 if random is None or slack <= 0 else int(random.randint(0, slack + 1)))
+        image = read_crop(data, slice(None), lower, patch, 0).float()[None]
         return image[:, :, 0] if flat else image
+
+    def _patch(self, data: Any) -> list[int]:
+        """Voxels to cut from a case, in its own axis order."""
+        patch = [int(size) for size in self.configuration_manager.patch_size]
+        if not self.native:
+            return patch
+        spacing = [float(value) for value in np.asarray(data[-SPACING_CHANNELS:, 0, 0, 0])]
+        planned = Anisotropy.from_spacing(self.configuration_manager.network_arch_init_kwargs["spacing"])
+        depth, *patch = crop_shape(patch, planned, spacing)
+        patch.insert(thick_axis(spacing), depth)
+        return patch
 
     @torch.no_grad()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -231,9 +285,8 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         self.network.eval()
         _, dataset = self.get_tr_and_val_datasets()
         ranks = distributed.get_world_size() if self.is_ddp else 1
-        rows = []
-        for case in dataset.identifiers[self.local_rank :: ranks]:
-            rows.append({"case": case, **self._score(dataset, case)})
+        scored = dataset.identifiers[:: -(-len(dataset.identifiers) // MOST_SCORED)]
+        rows = [{"case": case, **self._score(dataset, case)} for case in scored[self.local_rank :: ranks]]
         rows = sorted(self.gather(rows), key=lambda row: row["case"])
         if self.local_rank == 0:
             self._finish(rows)

@@ -11,7 +11,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_umit.config import UMITConfig, get_umit_config
-from nnunet_umit.plans.sizing import check_patch, token_shape
+from nnunet_umit.plans.corpus import FILE
+from nnunet_umit.plans.sizing import check_patch
 from nnunet_umit.spacing import Anisotropy
 
 
@@ -30,7 +31,8 @@ def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
     manager = PlansManager(plans).get_configuration(configuration)
     umit = get_umit_config(manager)
     network = manager.network_arch_init_kwargs
-    check_patch(manager.patch_size, token_shape(network["token_size"], Anisotropy.from_spacing(network["spacing"])))
+    token = Anisotropy.from_spacing(network["spacing"]).token(network["token_size"])
+    check_patch(manager.patch_size, token[3 - len(manager.patch_size) :])
     if manager.previous_stage_name is not None:
         raise NotImplementedError(
             f"configuration {configuration!r} is the second stage of a cascade, which UMIT trainers do not support: "
@@ -80,6 +82,11 @@ def require_folders() -> None:
 def require_cases(trainer: Any) -> None:
     """Raises FileNotFoundError with the command to run if a trainer's preprocessed cases are missing."""
     folder = Path(trainer.preprocessed_dataset_folder)
+    if (folder / FILE).is_file():
+        raise NotImplementedError(
+            f"{trainer.plans_manager.dataset_name} is a corpus: it has images of several datasets and no labels, so it "
+            "can only be pre-trained on (-tr UMITPretrainTrainer); fine-tune one of its datasets"
+        )
     if not folder.is_dir() or not any(file.suffix in (".b2nd", ".npz") for file in folder.iterdir()):
         raise FileNotFoundError(
             f"no preprocessed cases in {folder}; run: nnUNetv2_preprocess -d {trainer.plans_manager.dataset_name} "

@@ -26,7 +26,7 @@ class ResumableTrainer(nnUNetTrainer):
     section: ClassVar[str]  # which part of the umit block the trainer obeys
     umit: UMITConfig
     guard: NonFiniteGuard
-    history: dict[str, list[float]]
+    history: dict[str, list[Any]]
     transfer: dict[str, Any] | None
     continued: bool
     continue_requested: bool
@@ -130,7 +130,7 @@ class ResumableTrainer(nnUNetTrainer):
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
-        self.history = content["umit"]["history"]
+        self.history = {**self.history, **content["umit"]["history"]}
         self.transfer = content["umit"]["transfer"]
         self.guard.load_state_dict(content["umit"]["guard"])
         self.continued = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,29 @@ def summarise(outputs: list[dict[str, float]]) -> tuple[float, float]:
     if not finite or power <= 0:  # nothing but constant patches: nothing to explain
         return loss, math.nan if not finite else 0.0
     return loss, 1.0 - loss / power
+
+
+class GroupLosses:
+    """Mean loss of the samples of every group (dataset and anisotropy level) within an epoch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, groups: Sequence[str], losses: Sequence[float]) -> None:
+        """Losses of the samples of one batch; those that are not finite do not count."""
+        for name, loss in zip(groups, losses, strict=True):
+            if math.isfinite(loss):
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + loss, count + 1
+
+    def means(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, tuple[float, int]]:
+        """Mean loss and number of samples by group, over all ranks; the sums begin anew."""
+        sums: dict[str, tuple[float, int]] = {}
+        for name, (total, count) in gather(list(self._sums.items())):
+            before = sums.get(name, (0.0, 0))
+            sums[name] = before[0] + total, before[1] + count
+        self._sums = {}
+        return {name: (total / count, count) for name, (total, count) in sorted(sums.items())}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -56,6 +81,7 @@ def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> di
             "channels": trainer.dataset_json.get("channel_names", trainer.dataset_json.get("modality")),
         },
         "licence": licence if licence else "unknown: dataset.json names none",
+        **({} if trainer.corpus is None else {"corpus": [asdict(source) for source in trainer.corpus.sources]}),
         "spacing": list(manager.spacing),
         "patch_size": list(manager.patch_size),
         "normalisation": list(manager.normalization_schemes),

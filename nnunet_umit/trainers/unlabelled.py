@@ -27,10 +27,19 @@ class UnlabelledBlosc2(nnUNetDatasetBlosc2):
 
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict[str, None]]:
         """Image (C, z, y, x), lazily read; zeros in place of labels, no previous stage, no locations."""
-        path = os.path.join(self.source_folder, identifier + ".b2nd")
+        data = self.open_image(self.source_folder, identifier)
+        return data, self.no_segmentation(data.shape), None, {"class_locations": None}
+
+    @staticmethod
+    def open_image(folder: str, case: str) -> Any:
+        """The stored image (C, z, y, x), lazily read."""
         mapped = {} if os.name == "nt" else {"mmap_mode": "r"}  # memory maps of blosc2 fail on Windows (nnU-Net #2723)
-        data = blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **mapped)
-        return data, _no_segmentation(data.shape), None, {"class_locations": None}
+        return blosc2.open(urlpath=os.path.join(folder, case + ".b2nd"), mode="r", dparams={"nthreads": 1}, **mapped)
+
+    @staticmethod
+    def no_segmentation(image_shape: tuple[int, ...]) -> np.ndarray:
+        """Zeros (1, z, y, x) in place of labels."""
+        return _no_segmentation(image_shape)
 
 
 class UnlabelledNumpy(nnUNetDatasetNumpy):

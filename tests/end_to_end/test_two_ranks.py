@@ -1,5 +1,4 @@
-"""Both trainers as two distributed processes. nnU-Net's DDP needs GPUs; here its CUDA-only parts are replaced, so that
-what is ours (seeds per rank, agreement, gathering, re-wrapping after a freeze) runs for real, over gloo on the CPU."""
+"""Both trainers as two distributed processes, over gloo on the CPU."""
 
 import os
 import socket
@@ -11,31 +10,24 @@ import pytest
 import tiny_training as tiny
 import torch
 from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.skipif(sys.platform != "linux", reason="gloo over localhost")]
 
 
-class OnCPU(DistributedDataParallel):
-    """nnU-Net passes GPU numbers."""
-
-    def __init__(self, module: torch.nn.Module, device_ids: Any = None) -> None:
-        super().__init__(module)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def train(rank: int, trainer_name: str, plans: dict[str, Any], port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.cuda.get_device_capability = lambda device: (8, 0)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
-    from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
-
     from nnunet_umit.trainers import finetune, pretrain
 
-    stock.DDP = finetune.DistributedDataParallel = OnCPU
     trainer_class = getattr(finetune, trainer_name, None) or getattr(pretrain, trainer_name)
     trainer = tiny.make_trainer(trainer_class, plans)
-    trainer.device = torch.device("cpu")
     trainer.run_training()
     if trainer_name == "UMITPretrainTrainer":
         trainer.perform_actual_validation()
@@ -68,12 +60,28 @@ def test_two_ranks_stay_equal(
     cases = tiny.write_preprocessed(nnunet_env.preprocessed, plans)
     if broken:
         tiny.spoil(cases / "case_001.b2nd")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(train, args=(trainer_name, plans, port, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(train, args=(trainer_name, plans, free_port(), str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
     assert one["losses"] == other["losses"]
     assert (one["batch"], other["batch"]) == (2, 1)
     assert one["skipped"] == other["skipped"] and (one["skipped"] > 0) == broken
+
+
+def test_two_processes_learn_what_one_learns(nnunet_env: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 steps on native images of several spacings: the loss curve of one process with the pooled batch."""
+    options = {"epochs": 20, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "picture_every": 100}
+    plans = tiny.make_plans(batch=3, native=True, pretrain={**options, "thicken": 0.3})
+    spacings = ((1.0, 1.0, 1.0), (4.0, 1.0, 1.0), (5.0, 0.8, 0.8))
+    tiny.write_preprocessed(nnunet_env.preprocessed, plans, cases=6, spacings=spacings)
+    from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+
+    torch.set_num_threads(1)
+    alone = tiny.make_trainer(UMITPretrainTrainer, plans)
+    alone.run_training()
+    monkeypatch.setenv("nnUNet_results", str(nnunet_env.results / "two"))
+    multiprocessing.spawn(train, args=("UMITPretrainTrainer", plans, free_port(), str(tmp_path)), nprocs=2)
+    together = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    assert together["losses"][:20] == pytest.approx(alone.logged("train_losses"), abs=1e-5)
+    for name, value in alone.unwrapped().state_dict().items():
+        torch.testing.assert_close(together["weights"][name], value, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,278 @@
+"""Training on cases that keep their own grid: one level a batch, unbiased, and the network is told the truth."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_training as tiny
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from tiny_training import Killed, curves, equal, folder_of, kill_at, weights
+
+from nnunet_umit.architectures.native import SPACING_CHANNELS, bucket
+from nnunet_umit.plans.native import crop_shape, representative
+from nnunet_umit.spacing import Anisotropy
+from nnunet_umit.trainers import checkpoint as checkpoints
+from nnunet_umit.trainers.batches import IndexedBatches, random_state
+from nnunet_umit.trainers.finetune import UMITTrainer
+from nnunet_umit.trainers.native import native_shapes, prepare, read_table, rotation_for
+from nnunet_umit.trainers.patches import Augmentation, CaseTable, Jitter, NativeSamples, weights_of
+from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+from nnunet_umit.trainers.unlabelled import NoLabels, UnlabelledBlosc2
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPACINGS = ((1.0, 1.0, 1.0), (4.0, 1.0, 1.0), (5.0, 0.8, 0.8), (1.0, 1.1, 4.5))
+ISOTROPIC = Anisotropy(1.0)
+
+
+@pytest.fixture
+def native(nnunet_env: Any) -> Callable[..., dict[str, Any]]:
+    """Plans of ``3d_native`` and preprocessed cases of the given spacings."""
+
+    def native(cases: int = 4, spacings: Any = SPACINGS, **options: Any) -> dict[str, Any]:
+        plans = tiny.make_plans(native=True, **options)
+        tiny.write_preprocessed(nnunet_env.preprocessed, plans, cases=cases, spacings=spacings)
+        return plans
+
+    return native
+
+
+def case_folder(nnunet_env: Any) -> Path:
+    return nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_native"
+
+
+class Nothing(Augmentation):
+    """Crops as they are."""
+
+
+def samples(folder: Path, jitter: Jitter | None = None, batch: int = 3, **options: Any) -> NativeSamples:
+    dataset = UnlabelledBlosc2(str(folder))
+    table = options.pop("table", None) or read_table(dataset)
+    return NativeSamples(
+        dataset, table, batch_size=batch, patch=(16, 16, 16), planned=ISOTROPIC, labels=NoLabels(),
+        oversample_foreground=0.0, jitter=jitter or Jitter(), augmentation=Nothing(), **options,
+    )  # fmt: skip
+
+
+def spacing_of(sample: torch.Tensor) -> tuple[float, ...]:
+    return tuple(sample[-SPACING_CHANNELS:].amax((1, 2, 3)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        ((1.0, 1.0, 1.0), (16, 24, 32)),
+        ((2.0, 1.0, 1.0), (8, 24, 32)),
+        ((1.0, 5.0, 1.0), (4, 24, 32)),
+        ((31.0, 1.0, 1.0), (1, 24, 32)),
+        ((999.0, 1.0, 1.0), (1, 24, 32)),
+    ],
+)
+def test_crops_cover_equal_millimetres(spacing: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    """pumit 31, with the plan's patch in place of 16 voxels."""
+    assert crop_shape((16, 24, 32), ISOTROPIC, spacing) == expected
+    assert expected in native_shapes((16, 24, 32), ISOTROPIC)
+
+
+def test_a_batch_holds_one_level_and_cases_come_by_weight(native: Callable[..., dict], nnunet_env: Any) -> None:
+    """pumit 29 and 30."""
+    native()
+    made = samples(case_folder(nnunet_env))
+    batches = IndexedBatches(made, seed=3, stream="train")
+    seen: Counter[str] = Counter()
+    for index in range(40):
+        batch = batches[index]
+        levels = {bucket(spacing_of(sample)) for sample in batch["data"]}
+        assert len(levels) == 1
+        axis, level, planar = next(iter(levels))
+        assert axis == 0 and not planar  # the thick axis comes first, wherever it was
+        assert batch["data"].shape[2:] == (max(16 >> level, 1), 16, 16)
+        assert set(batch["groups"]) == {f"level {level}"}
+    for index in range(3000):
+        with random_state(index):
+            seen.update(str(request) for request in made.draw())
+    shares = np.array([seen[f"case_{number:03d}"] for number in range(4)]) / seen.total()
+    assert shares == pytest.approx([0.25] * 4, abs=0.02)
+    again = IndexedBatches(samples(case_folder(nnunet_env)), seed=3, stream="train")
+    assert torch.equal(batches[17]["data"], again[17]["data"]) and batches[17]["keys"] == again[17]["keys"]
+
+
+def test_weights_are_obeyed(native: Callable[..., dict], nnunet_env: Any) -> None:
+    native()
+    table = read_table(UnlabelledBlosc2(str(case_folder(nnunet_env))))
+    assert np.allclose(table.spacings, SPACINGS)
+    heavy = CaseTable(table.cases, table.spacings, weights_of([6, 1, 2, 1]), ["a", "b", "b", "b"])
+    made = samples(case_folder(nnunet_env), table=heavy)
+    seen: Counter[str] = Counter()
+    for index in range(3000):
+        with random_state(index):
+            seen.update(str(request) for request in made.draw())
+    assert [seen[f"case_{n:03d}"] / seen.total() for n in range(4)] == pytest.approx([0.6, 0.1, 0.2, 0.1], abs=0.02)
+    with random_state(0):
+        request = made.draw()[0]
+        assert made.make(request, 0)[3] == f"{heavy.groups[request.row]}, level {bucket(request.spacing)[1]}"
+    with pytest.raises(ValueError, match="not negative"):
+        weights_of([1.0, -1.0])
+
+
+def test_thickened_slices_are_means_and_the_spacing_is_true(native: Callable[..., dict], nnunet_env: Any) -> None:
+    native(cases=1, spacings=((1.0, 1.0, 1.0),), channels=2)
+    made = samples(case_folder(nnunet_env), Jitter(thicken=1.0, thickest=4))
+    seen = set()
+    for index in range(30):
+        with random_state(index):
+            request = made.draw()[0]
+            sample, _, _, group = made.make(request, 0)
+        seen.add((request.axis, request.slices))
+        assert request.spacing[request.axis] == request.slices >= 2
+        assert spacing_of(sample) == (request.slices, 1.0, 1.0)
+        level = 1 if request.slices < 4 else 2
+        assert group == f"level {level}" and sample.shape == (5, 16 >> level, 16, 16)
+    assert {axis for axis, _ in seen} == {0, 1, 2} and {slices for _, slices in seen} == {2, 3, 4}
+
+
+def test_thickening_equals_averaging_by_hand(native: Callable[..., dict], nnunet_env: Any) -> None:
+    native(cases=1, spacings=((1.0, 1.0, 1.0),))
+    made = samples(case_folder(nnunet_env), Jitter(thicken=1.0, thickest=2))
+    whole = torch.from_numpy(nnUNetDatasetBlosc2(str(case_folder(nnunet_env))).load_case("case_000")[0][:1])
+    with random_state(1):
+        request = made.draw()[0]
+        sample = made.make(request, 0)[0][:1]
+    pairs = whole.movedim(request.axis + 1, 1)
+    means = (pairs[:, :-1] + pairs[:, 1:]) / 2
+    windows = means.unfold(2, 16, 1).unfold(3, 16, 1)  # every in-plane place of a 16 x 16 crop
+    first, inside = sample[:, 4], (windows - sample[0, 4]).abs().amax((-1, -2))
+    assert first.abs().sum() > 0 and float(inside.min()) < 1e-6
+
+
+def test_small_images_are_marked_where_they_end(native: Callable[..., dict], nnunet_env: Any) -> None:
+    native(cases=1, spacings=((4.0, 1.0, 1.0),))  # 18 mm are 4 slices, the crop has 4: no padding in depth
+    native_folder = case_folder(nnunet_env)
+    sample = samples(native_folder).make(samples(native_folder).draw()[0], 0)[0]
+    assert (sample[-1] > 0).all()
+    wide = NativeSamples(
+        UnlabelledBlosc2(str(native_folder)), read_table(UnlabelledBlosc2(str(native_folder))), batch_size=1,
+        patch=(32, 24, 24), planned=ISOTROPIC, labels=NoLabels(), oversample_foreground=0.0, jitter=Jitter(),
+        augmentation=Nothing(),
+    )  # fmt: skip
+    sample = wide.make(wide.draw()[0], 0)[0]
+    assert sample.shape[1:] == (8, 24, 24)
+    extent = (sample[-1] > 0).nonzero().amax(0) - (sample[-1] > 0).nonzero().amin(0) + 1
+    assert extent.tolist() == [4, 20, 22]
+    assert (sample[0][sample[-1] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("planned", [ISOTROPIC, Anisotropy(4.0)])
+def test_zoom_is_told_and_appearance_leaves_the_spacing_alone(
+    native: Callable[..., dict], nnunet_env: Any, planned: Anisotropy
+) -> None:
+    spacing = ((1.0, 1.0, 1.0),) if planned is ISOTROPIC else ((4.5, 1.0, 1.0),)
+    options = {"patch": (16, 16, 16) if planned is ISOTROPIC else (4, 16, 16), "spacing": (planned.ratio, 1.0, 1.0)}
+    plans = native(spacings=spacing, finetune={"augmentation": "nnunet"}, **options)
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.initialize()
+    made = trainer.get_dataloaders()[0].batches.samples
+    zooms = set()
+    for index in range(60):
+        with random_state(index):
+            request = made.draw()[0]
+            sample = made.make(request, 0)[0]
+        zooms.add(request.zoom)
+        told = [value * request.zoom for value in spacing[0]]
+        if request.slices == 1:
+            expected = told if planned is ISOTROPIC else [spacing[0][0], *told[1:]]
+            assert spacing_of(sample) == pytest.approx(expected)
+        channels = sample[-SPACING_CHANNELS:]
+        for channel in channels:
+            assert len(channel.unique()) <= 2  # one value inside, zero outside
+    assert 1.0 in zooms and len(zooms) > 3 and all(0.7 <= zoom <= 1.4 for zoom in zooms)
+
+
+def test_a_zoomed_sample_shows_the_object_at_its_new_size() -> None:
+    """The scale the network is told of is the scale that happened: a ball of 8 mm stays a ball of 8 mm."""
+    axis = torch.arange(48.0) - 23.5
+    distance = (axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis**2).sqrt()
+    image, label = (distance <= 8).float()[None], (distance <= 8).to(torch.int16)[None]
+    from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+    from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+
+    prepared = prepare((48, 48, 48), ComposeTransforms([SpatialTransform((32, 32, 32), 0, False, p_rotation=0)]))
+    for zoom in (0.7, 1.0, 1.4):
+        moved = prepared.geometry(image=image, segmentation=label, zoom=zoom)
+        volume = float(moved["image"].sum()) * zoom**3
+        assert volume == pytest.approx(float(image.sum()), rel=0.05)
+
+
+def test_rotation_follows_nnunet() -> None:
+    angles, in_plane, read = rotation_for((16, 16, 16))
+    assert not in_plane and angles[1] == pytest.approx(np.pi / 6) and min(read) > 16
+    angles, in_plane, read = rotation_for((4, 16, 16))
+    assert in_plane and angles[1] == pytest.approx(np.pi) and read[0] == 4 and read[1] > 16
+    assert rotation_for((1, 16, 40))[0][1] == pytest.approx(np.pi / 12)
+
+
+def test_the_plan_is_made_for_the_lowest_level() -> None:
+    extent = representative([(8.0, 1.0, 1.0), (3.0, 1.0, 1.0), (9.0, 1.0, 1.0)], [(10, 100, 90)] * 3)
+    assert extent.spacing == (3.0, 1.0, 1.0) and extent.shape == pytest.approx((80 / 3, 100, 90))
+    turned = representative([(1.0, 1.0, 4.0)], [(100, 90, 10)])
+    assert turned.spacing == (4.0, 1.0, 1.0) and turned.shape == (10, 100, 90)
+    planar = representative([(999.0, 1.0, 1.0)], [(1, 300, 200)])
+    assert planar.spacing == (1.0, 1.0) and planar.shape == (300, 200)
+
+
+@pytest.mark.parametrize("trainer_class", [UMITPretrainTrainer, UMITTrainer])
+def test_native_training_continues_bit_for_bit(
+    native: Callable[..., dict], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch, trainer_class: type
+) -> None:
+    options = {"epochs": 3, "thicken": 0.5}
+    if trainer_class is UMITTrainer:
+        options["augmentation"] = "nnunet"
+    plans = native(**{trainer_class.section: options})
+    monkeypatch.setattr(trainer_class, "draw", lambda self: None)
+    unbroken = tiny.make_trainer(trainer_class, plans)
+    unbroken.run_training()
+    monkeypatch.setenv("nnUNet_results", str(nnunet_env.results / "killed"))
+    broken = tiny.make_trainer(trainer_class, plans)
+    kill_at(broken, 4)
+    with pytest.raises(Killed):
+        broken.run_training()
+    resumed = tiny.make_trainer(trainer_class, plans, resume=True)
+    resumed.load_checkpoint(str(folder_of(resumed) / checkpoints.LATEST))
+    resumed.run_training()
+    assert curves(resumed) == curves(unbroken) and equal(weights(resumed), weights(unbroken))
+    assert resumed.history == unbroken.history
+
+
+def test_native_pretraining_serves_native_finetuning_and_prediction(native: Callable[..., dict]) -> None:
+    plans = native()
+    pretrainer = tiny.make_trainer(UMITPretrainTrainer, plans)
+    pretrainer.run_training()
+    pretrainer.perform_actual_validation()
+    groups = pretrainer.history["group_losses"][0]
+    assert set(groups) <= {"level 0", "level 2"} and sum(count for _, count in groups.values()) == 6
+    assert (folder_of(pretrainer) / "reconstructions.png").stat().st_size > 0
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.initialize()
+    report = trainer.network.load_umit_pretrained(str(folder_of(pretrainer) / "encoder.safetensors"))
+    assert report.fraction == 1.0 and not report.adapted
+    trainer.run_training()
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, ("all",), checkpoints.FINAL)
+    for number in range(4):  # four grids, none of them the plan's
+        case = torch.from_numpy(trainer_case(trainer, f"case_{number:03d}"))
+        assert predictor.predict_sliding_window_return_logits(case).shape == (3, *case.shape[1:])
+
+
+def trainer_case(trainer: Any, key: str) -> np.ndarray:
+    return trainer.dataset_class(trainer.preprocessed_dataset_folder).load_case(key)[0][:]
+
+
+def test_thickening_needs_a_network_that_can_be_told(prepare: Callable[..., dict]) -> None:
+    plans = prepare(finetune={"thicken": 0.3})
+    with pytest.raises(ValueError, match="set it to 0, or train 3d_native"):
+        tiny.make_trainer(UMITTrainer, plans)
