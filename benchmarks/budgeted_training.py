@@ -1,6 +1,6 @@
 """Train one nnU-Net trainer for a fixed wall time, in a process of its own.
 
-``python -m benchmarks.budgeted_training JOB.json`` is what hippocampus_equal_time.py starts. The trainer class is used
+``python -m benchmarks.budgeted_training JOB.json`` is what equal_time.py starts. The trainer class is used
 as it is, under its own name; a mix-in adds a clock and fits the schedule to it:
 
 - the clock runs from the first ``on_epoch_start`` to the last ``on_epoch_end``: training steps with data loading and
@@ -204,6 +204,8 @@ def train(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
     trainer.run_training()
     report: dict[str, Any] = dict(trainer.report)
     epochs = report.pop("epochs")
+    if job["pretrained_weights"] is not None and hasattr(trainer, "describe_transfer"):
+        report["arrived"] = trainer.describe_transfer()["fraction"]
     return report | {
         "trainer": job["trainer"],
         "plans": job["plans"],

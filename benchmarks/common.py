@@ -189,6 +189,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+def training_parser(description: str | None, minutes: float) -> argparse.ArgumentParser:
+    """Options of a benchmark that trains; ``--minutes`` is None until :func:`budget` fills it in."""
+    options_parser = parser(description)
+    add = options_parser.add_argument
+    add("--minutes", type=float, default=None, help=f"training wall time of each run (default {minutes:g})")
+    add("--replan", action="store_true", help="plan and preprocess with the UMIT planner again")
+    add("--work", default=None, help="scratch folder (default: $UMIT_BENCH_WORK or benchmarks/work)")
+    options_parser.set_defaults(set=[], validation_cases=None)
+    return options_parser
+
+
+def budget(minutes: float | None, quick: bool, full: float) -> float:
+    """Minutes of a training: what was asked for, else eight seconds for ``--quick``, else ``full``."""
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes {minutes:g} must be above 0, e.g. {full:g}")
+    return minutes if minutes is not None else 8 / 60 if quick else full
+
+
 def prepare_torch(options: argparse.Namespace) -> bool:
     """Set the threads and, with ``--keep-freed-memory``, the allocator: for the process, and so for all arms alike.
 

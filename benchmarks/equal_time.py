@@ -1,4 +1,8 @@
-"""Folders, plans and sub-processes of hippocampus_equal_time.py: prepare, probe, train, validate, continue."""
+"""Training for equal wall time: folders, plans and sub-processes of the benchmarks that compare trainings.
+
+A :class:`Bench` stands for one dataset, configuration, fold and seed; it prepares, probes, trains, validates, and goes
+on where a killed call stopped.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,13 @@ from benchmarks.common import (
     REPOSITORY,
     available_cores,
     data_root,
-    provenance,
     say,
     work_folder,
     write_json,
 )
 
 CONFIGURATION = "3d_fullres"
-ARMS = ("nnunet", "primus_s", "umit_scratch", "umit_shared")
-STOCK = {"nnunet": "nnUNetTrainer", "primus_s": "nnUNet_Primus_S_Trainer"}
+STOCK_PLANS = "nnUNetPlans"
 PROBE_S = 30.0
 NOT_OF_A_RUN = ("arm", "results", "work", "again", "replan")  # options that do not change what a run gives
 
@@ -40,23 +41,29 @@ def epochs_for(iterations: float) -> int:
 
 
 def edit_plans(
-    base: Path, source: str, target: str, *, batch_size: int | None = None, umit: dict[str, Any] | None = None
+    base: Path,
+    source: str,
+    target: str,
+    *,
+    configuration: str = CONFIGURATION,
+    batch_size: int | None = None,
+    umit: dict[str, Any] | None = None,
 ) -> None:
     """Write ``base/target.json``: the plans ``source`` under another name, with batch size and ``umit`` values changed.
 
     Args:
-        umit: ``{"finetune.learning_rate": 0.001, ...}``, keys below ``configurations.3d_fullres.umit``.
+        umit: ``{"finetune.learning_rate": 0.001, ...}``, keys below ``configurations.<configuration>.umit``.
     """
     plans = json.loads((base / f"{source}.json").read_text(encoding="utf-8"))
     plans["plans_name"] = target
-    configuration = plans["configurations"][CONFIGURATION]
+    chosen = plans["configurations"][configuration]
     if batch_size is not None:
-        configuration["batch_size"] = batch_size
+        chosen["batch_size"] = batch_size
     for key, value in (umit or {}).items():
         section, _, name = key.partition(".")
-        if not name or section not in configuration.get("umit", {}):
+        if not name or section not in chosen.get("umit", {}):
             raise ValueError(f"{key!r} is not a key below the umit block of {source}; use e.g. finetune.learning_rate")
-        configuration["umit"][section][name] = value
+        chosen["umit"][section][name] = value
     write_json(base / f"{target}.json", plans)
 
 
@@ -72,26 +79,56 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(
-                f"another hippocampus_equal_time is running in {folder}; wait for it (its timing counts), or use "
-                "another --work folder on other cores"
+                f"another benchmark is running in {folder}; wait for it (its timing counts), or use another --work "
+                "folder on other cores"
             ) from error
         yield
 
 
-class Bench:
-    """Folders, environment and sub-processes of one invocation."""
+def plans_copy(plans: str, folder: Path) -> str:
+    """Name of the copy of some plans that one run edits and trains with."""
+    return f"{plans}Bench{hashlib.sha1(folder.name.encode()).hexdigest()[:6]}"
 
-    def __init__(self, options: argparse.Namespace) -> None:
+
+class Bench:
+    """Folders, environment and sub-processes of one invocation.
+
+    Args:
+        options: of the command line; see ``common.training_parser``.
+        dataset, configuration, fold, seed: what is trained; fold and seed are those of the options unless given.
+        settings: what the result of a run depends on, compared before a killed run is continued (default: all options).
+        runs: folder of the runs, below ``runs`` of the work folder, so that benchmarks can share one work folder.
+        room: folder below the work folder for a benchmark that needs nnU-Net folders of its own, raw data included.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        *,
+        dataset: str = DATASET,
+        configuration: str = CONFIGURATION,
+        fold: int | str | None = None,
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        runs: str = "",
+        room: str = "",
+    ) -> None:
         self.options = options
+        self.dataset = dataset
+        self.configuration = configuration
+        self.fold = options.validation_fold if fold is None else fold
+        self.seed = options.seed if seed is None else seed
+        self.settings = settings
         self.data = data_root()
-        self.work = work_folder(options.work)
-        self.base = self.work / "nnUNet_preprocessed" / DATASET
-        self.umit_plans = options.planner.replace("Planner", "Plans", 1)
+        self.work = work_folder(options.work) / room
+        self.raw = self.work / "nnUNet_raw" if room else self.data
+        self.runs = self.work / "runs" / runs
+        self.base = self.work / "nnUNet_preprocessed" / dataset
 
     def environment(self, results: Path) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
         return os.environ | {
-            "nnUNet_raw": str(self.data),
+            "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.work / "nnUNet_preprocessed"),
             "nnUNet_results": str(results),
             "nnUNet_n_proc_DA": "1",
@@ -100,8 +137,12 @@ class Bench:
             "PYTHONPATH": path,
         }
 
-    def call(self, command: list[str], folder: Path) -> None:
-        """Run ``command`` on ``--threads`` cores, output in ``folder/log.txt``; its tail is shown if it fails."""
+    def call(self, command: list[str], folder: Path, accepted: Sequence[int] = (0,)) -> int:
+        """Run ``command`` on ``--threads`` cores, output in ``folder/log.txt``; its tail is shown if it fails.
+
+        Returns:
+            The exit code, one of ``accepted``.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         pin: Callable[[], None] | None = None
         if hasattr(os, "sched_setaffinity") and available_cores() > self.options.threads:
@@ -116,34 +157,50 @@ class Bench:
                 stderr=subprocess.STDOUT,
                 preexec_fn=pin,
             )
-        if process.returncode:
+        if process.returncode not in accepted:
             tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
             raise RuntimeError(f"{' '.join(command)} failed ({process.returncode}):\n" + "\n".join(tail))
+        return process.returncode
 
-    def prepare(self, arms: list[str]) -> None:
-        """Plan and preprocess what the arms need, and put the grouped split in place."""
-        wanted = []
-        if any(arm in STOCK for arm in arms):
-            wanted.append(("nnUNetPlans", "ExperimentPlanner"))
-        if any(arm not in STOCK for arm in arms):
-            wanted.append((self.umit_plans, self.options.planner))
-        for plans, planner in wanted:
-            if (self.base / f"{plans}.json").is_file() and (plans == "nnUNetPlans" or not self.options.replan):
-                continue
-            say(f"planning and preprocessing with {planner} ...")
-            program = Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"
-            number = str(int(DATASET[7:10]))
-            command = [str(program), "-d", number, "-pl", planner, "-c", CONFIGURATION, "-np", "2", "-npfp", "2"]
-            self.call(command, self.work / "planning")
-        shutil.copyfile(self.data / "splits" / f"{DATASET}.json", self.base / "splits_final.json")
+    def prepare(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        """Plan and preprocess what is missing, and put the grouped split in place.
+
+        Args:
+            wanted: configurations by the name of their plans.
+        """
+        for plans, configurations in wanted.items():
+            self.plan(plans, list(configurations))
+        shutil.copyfile(self.data / "splits" / f"{self.dataset}.json", self.base / "splits_final.json")
+
+    def plan(self, plans: str, configurations: list[str]) -> None:
+        """Plan and preprocess, unless every case of every configuration is there."""
+        planner = "ExperimentPlanner" if plans == STOCK_PLANS else plans.replace("Plans", "Planner", 1)
+        again = self.options.replan and plans != STOCK_PLANS
+        if not again and all(self.is_preprocessed(plans, each) for each in configurations):
+            return
+        say(f"planning and preprocessing {self.dataset} with {planner} ...")
+        program = str(Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess")
+        command = [program, "-d", str(int(self.dataset[7:10])), "-pl", planner, "-c", *configurations]
+        self.call([*command, "-np", "2", "-npfp", "2"], self.work / "planning")
+
+    def is_preprocessed(self, plans: str, configuration: str) -> bool:
+        """Whether the plans have the configuration and every training case was preprocessed for it."""
+        file = self.base / f"{plans}.json"
+        if not file.is_file():
+            return False
+        planned = json.loads(file.read_text(encoding="utf-8"))["configurations"].get(configuration)
+        if planned is None:
+            return False
+        cases = json.loads((self.base / "dataset.json").read_text(encoding="utf-8"))["numTraining"]
+        return len(list((self.base / planned["data_identifier"]).glob("*.pkl"))) >= cases
 
     def train(self, folder: Path, name: str, **settings: Any) -> dict[str, Any]:
         """One sub-process of budgeted_training; returns its report. What an earlier, killed call finished is kept."""
         job: dict[str, Any] = {
-            "dataset": DATASET,
-            "configuration": CONFIGURATION,
-            "fold": self.options.validation_fold,
-            "seed": self.options.seed,
+            "dataset": self.dataset,
+            "configuration": self.configuration,
+            "fold": self.fold,
+            "seed": self.seed,
             "threads": self.options.threads,
             "probe": False,
             "validate": False,
@@ -160,15 +217,33 @@ class Bench:
         return json.loads(done.read_text(encoding="utf-8"))
 
     def run_folder(self, key: str) -> Path:
-        """The folder of a run, emptied unless a killed call with the same options left it."""
-        folder = self.work / "runs" / key.replace("/", "_")
-        given = {name: value for name, value in vars(self.options).items() if name not in NOT_OF_A_RUN}
-        options, stored = json.loads(json.dumps(given)), folder / "options.json"
-        same = stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) == options
+        """The folder of a run, emptied unless a killed call with the same settings left it."""
+        folder = self.folder_of(key)
+        given = self.settings
+        if given is None:
+            given = {name: value for name, value in vars(self.options).items() if name not in NOT_OF_A_RUN}
+        settings, stored = json.loads(json.dumps(given)), folder / "options.json"
+        same = stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) == settings
         if self.options.again or self.options.replan or not same:
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(stored, options)
+            write_json(stored, settings)
         return folder
+
+    def folder_of(self, key: str) -> Path:
+        """Where the logs, reports and checkpoints of a run are."""
+        return self.runs / key.replace("/", "_")
+
+    def model(self, folder: Path, trainer: str, plans: str) -> Path:
+        """What a run trained, as nnU-Net lays it out: ``plans.json``, ``dataset.json``, ``fold_X/``.
+
+        Raises:
+            FileNotFoundError: there is no final checkpoint.
+        """
+        model = folder / self.dataset / f"{trainer}__{plans_copy(plans, folder)}__{self.configuration}"
+        checkpoint = model / f"fold_{self.fold}" / "checkpoint_final.pth"
+        if not checkpoint.is_file():
+            raise FileNotFoundError(f"{checkpoint} is gone, but the results need it; train again with --again")
+        return model
 
     def stage(
         self, folder: Path, name: str, trainer: str, plans: str, seconds: float, **settings: Any
@@ -181,16 +256,16 @@ class Bench:
             trainer, plans: names as nnU-Net knows them; the plans are copied under a name of this run, then edited.
             seconds: training wall time.
         """
-        target = f"{plans}Bench{hashlib.sha1(str(folder.name).encode()).hexdigest()[:6]}"
+        target, configuration = plans_copy(plans, folder), self.configuration
         batch = 2 if self.options.quick else None
         overrides: dict[str, Any] = {}
         if name != "stock":
-            fixed = {f"{name}.val_iterations_per_epoch": 1, f"{name}.seed": self.options.seed}
+            fixed = {f"{name}.val_iterations_per_epoch": 1, f"{name}.seed": self.seed}
             overrides = dict(self.options.set) | fixed
         step_s, overhead_s, epochs = 1.0, 0.0, 2
         if not self.options.quick:
             probe_plan = overrides if name == "stock" else overrides | {f"{name}.epochs": 2}
-            edit_plans(self.base, plans, target, batch_size=batch, umit=probe_plan)
+            edit_plans(self.base, plans, target, configuration=configuration, batch_size=batch, umit=probe_plan)
             probe_s = min(PROBE_S, seconds)
             found = self.train(
                 folder, f"{name}_probe", trainer=trainer, plans=target, budget_s=probe_s, epochs=2, probe=True
@@ -200,44 +275,24 @@ class Bench:
         iterations = max(1, round((seconds / epochs - overhead_s) / step_s))
         if name != "stock":
             overrides |= {f"{name}.epochs": epochs, f"{name}.iterations_per_epoch": iterations}
-        edit_plans(self.base, plans, target, batch_size=batch, umit=overrides)
+        edit_plans(self.base, plans, target, configuration=configuration, batch_size=batch, umit=overrides)
         say(f"  {name}: {step_s:.2f} s a step, {epochs} epochs of about {iterations} iterations in {seconds:.0f} s")
         return self.train(
             folder, name, trainer=trainer, plans=target, budget_s=seconds, epochs=epochs,
             step_s=step_s, overhead_s=overhead_s, **settings,
         )  # fmt: skip
 
-    def arm(self, arm: str, key: str) -> dict[str, Any]:
-        """Run one arm; returns its result."""
-        seconds = self.options.minutes * 60
-        folder = self.run_folder(key)
-        started = time.perf_counter()
-        if arm in STOCK:
-            stages = [self.stage(folder, "stock", STOCK[arm], "nnUNetPlans", seconds, validate=True)]
-        elif arm == "umit_scratch":
-            stages = [self.stage(folder, "finetune", "UMITTrainer", self.umit_plans, seconds, validate=True)]
-        else:
-            share = self.options.pretrain_share
-            first = self.stage(folder, "pretrain", "UMITPretrainTrainer", self.umit_plans, share * seconds)
-            second = self.stage(
-                folder, "finetune", "UMITTrainer", self.umit_plans, (1 - share) * seconds,
-                validate=True, pretrained_weights=first["checkpoint"],
-            )  # fmt: skip
-            stages = [first, second]
-        for stage in stages:
-            del stage["checkpoint"], stage["finished"]
-        return {
-            "arm": arm,
-            "minutes": self.options.minutes,
-            "fold": self.options.validation_fold,
-            "seed": self.options.seed,
-            "cores": self.options.threads,
-            "umit_values": dict(self.options.set) if arm not in STOCK else {},
-            "iterations": sum(stage["iterations"] for stage in stages),
-            "train_wall_s": sum(stage["wall_s"] for stage in stages),
-            "train_cpu_s": sum(stage["cpu_s"] for stage in stages),
-            "dice": stages[-1]["dice"],
-            "stages": stages,
-            "everything_s": time.perf_counter() - started,
-            **provenance(),
-        }
+
+def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Iterations and times of the stages of a run, their Dice if the last one was validated, and the stages.
+
+    What only the machinery needs is left out of them: paths do not belong into results.
+    """
+    kept = [{key: value for key, value in each.items() if key not in ("checkpoint", "finished")} for each in stages]
+    return {
+        "iterations": sum(stage["iterations"] for stage in stages),
+        "train_wall_s": sum(stage["wall_s"] for stage in stages),
+        "train_cpu_s": sum(stage["cpu_s"] for stage in stages),
+        **({"dice": stages[-1]["dice"]} if "dice" in stages[-1] else {}),
+        "stages": kept,
+    }

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from typing import Any
 
-from benchmarks.common import Results, parser, say, table
-from benchmarks.equal_time import ARMS, STOCK, Bench, alone_in
+from benchmarks.common import Results, parser, provenance, say, table
+from benchmarks.equal_time import CONFIGURATION, STOCK_PLANS, Bench, alone_in, totals
 
 CLAIM = "mean foreground Dice on a grouped validation fold after equal training wall time on equal cores"
+ARMS = ("nnunet", "primus_s", "umit_scratch", "umit_shared")
+STOCK = {"nnunet": "nnUNetTrainer", "primus_s": "nnUNet_Primus_S_Trainer"}
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -34,6 +37,42 @@ def setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
+
+
+def plans_of(arm: str, options: argparse.Namespace) -> str:
+    """Name of the plans an arm is trained with."""
+    return STOCK_PLANS if arm in STOCK else options.planner.replace("Planner", "Plans", 1)
+
+
+def run_arm(bench: Bench, arm: str, key: str) -> dict[str, Any]:
+    """Run one arm; returns its result."""
+    options, plans = bench.options, plans_of(arm, bench.options)
+    seconds = options.minutes * 60
+    folder = bench.run_folder(key)
+    started = time.perf_counter()
+    if arm in STOCK:
+        stages = [bench.stage(folder, "stock", STOCK[arm], plans, seconds, validate=True)]
+    elif arm == "umit_scratch":
+        stages = [bench.stage(folder, "finetune", "UMITTrainer", plans, seconds, validate=True)]
+    else:
+        share = options.pretrain_share
+        first = bench.stage(folder, "pretrain", "UMITPretrainTrainer", plans, share * seconds)
+        second = bench.stage(
+            folder, "finetune", "UMITTrainer", plans, (1 - share) * seconds,
+            validate=True, pretrained_weights=first["checkpoint"],
+        )  # fmt: skip
+        stages = [first, second]
+    return {
+        "arm": arm,
+        "minutes": options.minutes,
+        "fold": bench.fold,
+        "seed": bench.seed,
+        "cores": options.threads,
+        "umit_values": dict(options.set) if arm not in STOCK else {},
+        **totals(stages),
+        "everything_s": time.perf_counter() - started,
+        **provenance(),
+    }
 
 
 def report(runs: dict[str, Any], prefix: str) -> str:
@@ -86,10 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
     if todo:
         bench = Bench(options)
         with alone_in(bench.work):
-            bench.prepare([arm for arm, _ in todo])
+            bench.prepare({plans_of(arm, options): [CONFIGURATION] for arm, _ in sorted(todo)})
             for arm, key in todo:
                 say(f"{key} ...")
-                results.put(key, bench.arm(arm, key))
+                results.put(key, run_arm(bench, arm, key))
     say(report(results.runs, prefix))
     say(f"One seed, one run an arm, {options.threads} cores, {options.minutes:.3g} minutes of training wall time each.")
     say(f"Results: {results.path.name} in the results folder")

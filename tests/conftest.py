@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import synthetic
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share the cores
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed package is tested
 
 SMALL_MACHINE = {  # nnU-Net with as few processes and threads as it accepts
     "nnUNet_def_n_proc": "1",
     "nnUNet_n_proc_DA": "0",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "nnUNet_compile": "f",
     "MPLBACKEND": "Agg",
 }

@@ -219,6 +219,8 @@ def test_plans_are_copied_under_another_name_and_edited(tmp_path):
     assert written["configurations"]["3d_fullres"]["batch_size"] == 2
     assert written["configurations"]["3d_fullres"]["umit"]["finetune"] == {"epochs": 7, "learning_rate": 1e-3}
     assert json.loads((tmp_path / "UMITPlans.json").read_text()) == plans
+    equal_time.edit_plans(tmp_path, "UMITPlans", "Other", configuration="3d_fullres", batch_size=3)
+    assert json.loads((tmp_path / "Other.json").read_text())["configurations"]["3d_fullres"]["batch_size"] == 3
     with pytest.raises(ValueError, match="'finetun.epochs' is not a key below the umit block of UMITPlans"):
         equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"finetun.epochs": 7})
 
@@ -246,7 +248,7 @@ def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, capsys):
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
     with equal_time.alone_in(tmp_path):
-        with pytest.raises(RuntimeError, match="another hippocampus_equal_time is running"):
+        with pytest.raises(RuntimeError, match="another benchmark is running"):
             with equal_time.alone_in(tmp_path):
                 pytest.fail("the folder was taken")
     with equal_time.alone_in(tmp_path):
@@ -279,6 +281,99 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     options.seed = 2
     bench.run_folder("full/arm")
     assert not (folder / "stock.report.json").exists(), "another run: nothing of the old one is kept"
+
+
+def bench_of(work: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> equal_time.Bench:
+    """A bench over an empty data folder."""
+    (work / common.DATASET).mkdir(exist_ok=True)
+    (work / common.DATASET / "dataset.json").write_text("{}")
+    monkeypatch.setenv("UMIT_DATA", str(work))
+    options = argparse.Namespace(
+        work=str(work), again=False, replan=False, quick=False, validation_fold=0, validation_cases=None, seed=1,
+        threads=1, set=[],
+    )  # fmt: skip
+    return equal_time.Bench(options, **settings)
+
+
+def test_planning_is_done_for_what_is_missing(tmp_path, monkeypatch):
+    bench = bench_of(tmp_path, monkeypatch)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(bench, "call", lambda command, folder: calls.append(command[1:]))
+    bench.plan("nnUNetPlans", ["3d_fullres"])
+    planned = ["-d", "4", "-pl", "ExperimentPlanner", "-c", "3d_fullres", "-np", "2", "-npfp", "2"]
+    assert calls == [planned]
+
+    configurations = {name: {"data_identifier": f"UMITPlans_{name}"} for name in ("3d_fullres", "3d_native")}
+    (bench.base / "UMITPlans_3d_fullres").mkdir(parents=True)
+    (bench.base / "UMITPlans.json").write_text(json.dumps({"configurations": configurations}))
+    (bench.base / "dataset.json").write_text(json.dumps({"numTraining": 2}))
+    for case in "ab":
+        assert not bench.is_preprocessed("UMITPlans", "3d_fullres"), "a killed preprocessing is not complete"
+        (bench.base / "UMITPlans_3d_fullres" / f"{case}.pkl").touch()
+    bench.plan("UMITPlans", ["3d_fullres"])
+    assert len(calls) == 1 and not bench.is_preprocessed("UMITPlans", "3d_native")
+    bench.plan("UMITPlans", ["3d_fullres", "3d_native"])
+    assert calls[1][3:7] == ["UMITPlanner", "-c", "3d_fullres", "3d_native"]
+    bench.options.replan = True
+    bench.plan("UMITPlans", ["3d_fullres"])
+    assert len(calls) == 3
+
+
+def test_jobs_name_what_the_bench_stands_for(tmp_path, monkeypatch):
+    bench = bench_of(
+        tmp_path, monkeypatch, dataset="Dataset900_Corpus", configuration="3d_native", fold="all", seed=7, room="room",
+        settings={"minutes": 2},
+    )  # fmt: skip
+    assert bench.environment(tmp_path)["nnUNet_raw"] == str(bench.work / "nnUNet_raw")
+    jobs: list[dict[str, Any]] = []
+
+    def finish(command: list[str], folder: Path) -> None:
+        jobs.append(json.loads(Path(command[-1]).read_text()))
+        Path(jobs[-1]["report"]).write_text(json.dumps({"finished": True}))
+
+    monkeypatch.setattr(bench, "call", finish)
+    folder = bench.run_folder("full/corpus")
+    bench.train(folder, "pretrain", trainer="T", plans="P", budget_s=1.0, epochs=2)
+    assert [jobs[0][name] for name in ("dataset", "configuration", "fold", "seed")] == [
+        "Dataset900_Corpus", "3d_native", "all", 7,
+    ]  # fmt: skip
+    assert json.loads((folder / "options.json").read_text()) == {"minutes": 2}
+    with pytest.raises(FileNotFoundError, match="train again with --again"):
+        bench.model(folder, "T", "P")
+    model = folder / "Dataset900_Corpus" / f"T__{equal_time.plans_copy('P', folder)}__3d_native"
+    (model / "fold_all").mkdir(parents=True)
+    (model / "fold_all" / "checkpoint_final.pth").touch()
+    assert bench.model(folder, "T", "P") == model
+
+
+def test_a_command_may_end_with_an_accepted_code(tmp_path, monkeypatch):
+    bench = bench_of(tmp_path, monkeypatch)
+    assert bench.call(["sh", "-c", "exit 1"], tmp_path / "log", accepted=(0, 1)) == 1
+    with pytest.raises(RuntimeError, match=r"failed \(2\):\nreason"):
+        bench.call(["sh", "-c", "echo reason; exit 2"], tmp_path / "log", accepted=(0, 1))
+
+
+def test_stages_are_added_up_without_paths():
+    first = {"iterations": 2, "wall_s": 3.0, "cpu_s": 5.0, "checkpoint": "/a/b", "finished": True}
+    second = first | {"iterations": 4, "dice": {"mean": 0.5}}
+    assert equal_time.totals([first, second]) == {
+        "iterations": 6,
+        "train_wall_s": 6.0,
+        "train_cpu_s": 10.0,
+        "dice": {"mean": 0.5},
+        "stages": [
+            {"iterations": 2, "wall_s": 3.0, "cpu_s": 5.0},
+            {"iterations": 4, "wall_s": 3.0, "cpu_s": 5.0, "dice": {"mean": 0.5}},
+        ],
+    }
+    assert "dice" not in equal_time.totals([first])
+
+
+def test_minutes_are_those_asked_for_or_those_of_the_mode():
+    assert [common.budget(2.0, True, 15.0), common.budget(None, False, 15.0)] == [2.0, 15.0]
+    assert common.budget(None, True, 15.0) == pytest.approx(8 / 60)
+    with pytest.raises(ValueError, match="--minutes 0 must be above 0"):
+        common.budget(0.0, False, 15.0)
 
 
 def test_tuning_runs_need_a_tag(capsys):

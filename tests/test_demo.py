@@ -303,7 +303,7 @@ def test_environment_of_the_caller_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", "/somewhere/else")
     environment = stock.stock_environment(tmp_path / "r", tmp_path / "p", tmp_path / "m", cores=2)
     assert environment["nnUNet_raw"] == str(tmp_path / "r") and os.environ["nnUNet_raw"] == "/somewhere/else"
-    assert (environment["nnUNet_def_n_proc"], environment["nnUNet_n_proc_DA"]) == ("2", "1")
+    assert (environment["nnUNet_def_n_proc"], environment["nnUNet_n_proc_DA"]) == ("1", "1")
 
 
 # ------------------------------------------------------------------------------------------------- budget and report

@@ -41,9 +41,10 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
         for name in ("hippocampus_equal_time", "finetune_step", "mae_step")
     }
-    scratch = runs["hippocampus_equal_time"]["full/fold0/20min/seed1/umit_scratch"]
-    figures = [f"mean Dice of {scratch['dice']['cases']} cases", f"{scratch['iterations']} steps"]
-    figures.append(f"| {scratch['dice']['mean']:.3f} |")
+    figures = []
+    for arm in ("umit_scratch", "umit_shared", "primus_s", "nnunet"):
+        run = runs["hippocampus_equal_time"][f"full/fold0/20min/seed1/{arm}"]
+        figures += [f"{run['iterations']} steps | {run['dice']['mean']:.3f} |", f"{run['dice']['cases']} cases"]
     step = runs["finetune_step"]["full/batch4/threads2"]["arms"]
     figures += [f"| {step[arm]['ratio']['cpu']['median']:.3f} x |" for arm in ("UMIT", "Primus-S")]
     masked = runs["mae_step"]["full/tokens512/threads2"]["arms"]

@@ -43,7 +43,7 @@ try:
 finally:
     print("LOADED", [name for name in ("torch", "nnunetv2", "numpy", "matplotlib") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "LOADED []"
     assert done.stdout.splitlines()[0] != "LOADED []"
@@ -206,7 +206,7 @@ def test_doctor_as_a_command_lists_everything(nnunet_env: Folders) -> None:
     done = subprocess.run(
         [str(SCRIPTS / "umit"), "doctor"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
         check=False,
         env={**os.environ, "COLUMNS": "250", "nnUNet_raw": ""},
@@ -294,7 +294,7 @@ def test_run_registers_in_the_command_and_its_spawned_workers(tmp_path: Path, sc
     done = subprocess.run(
         [*command, "run", "nnUNetv2_fake", "27", "--help", "-tr", "UMITTrainer"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
         check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path), registration.NO_HOOK: "1"},

@@ -135,7 +135,6 @@ def test_gzip_checksum_is_verified(plain: Path) -> None:
         (("<2f", 112, (float("inf"), 0.0)), Kind.HEADER, "voxel scale inf"),
         (("<2f", 112, (1e-30, 5e20)), Kind.CONSTANT, "once read"),
         (("<4s", 344, (b"ni1\0",)), Kind.FORMAT, "NIfTI pair"),
-        (("<4s", 344, (b"abcd",)), Kind.HEADER, "belong to no such file"),
     ],
 )
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
@@ -143,8 +142,15 @@ def test_wrong_nifti_headers(
     plain: Path, ending: str, change: tuple[str, int, tuple[Any, ...]], kind: Kind, words: str
 ) -> None:
     found = reject(edit(plain, plain.with_name(f"x{ending}"), change))
-    assert found[0] is kind or (words == "belong to no such file" and ending == ".nii.gz")
-    assert words in found[1] or ending == ".nii.gz"
+    assert found[0] is kind and words in found[1]
+
+
+def test_nifti_without_its_magic_bytes(plain: Path) -> None:
+    change = ("<4s", 344, (b"abcd",))  # SimpleITK would take it for an Analyze file
+    kind, reason = reject(edit(plain, plain.with_name("x.nii"), change))
+    assert kind is Kind.HEADER and "belong to no such file" in reason
+    kind, reason = reject(edit(plain, plain.with_name("y.nii.gz"), change))
+    assert kind is Kind.HEADER and "magic bytes are b'abcd'" in reason
 
 
 def test_big_endian_nifti_has_the_hash_of_its_twin(plain: Path) -> None:
@@ -236,23 +242,23 @@ def test_memory_does_not_grow_with_what_a_file_declares_or_unpacks_to(tmp_path: 
     header = plain.read_bytes()[:HEADER]
     zeros = tmp_path / "zeros.nii"
     zeros.write_bytes(header)
-    huge = edit(zeros, tmp_path / "huge.nii", ("<8h", 40, (3, 600, 700, 500, 1, 1, 1, 1))).read_bytes()
+    huge = edit(zeros, tmp_path / "huge.nii", ("<8h", 40, (3, 100, 700, 500, 1, 1, 1, 1))).read_bytes()
     members = gzip.compress(bytes(1 << 26))
     small_bomb, large_bomb = tmp_path / "small.nii.gz", tmp_path / "large.nii.gz"
-    small_bomb.write_bytes(gzip.compress(header) + members * 7)
-    large_bomb.write_bytes(gzip.compress(huge) + members * 7)  # 448 MB where 420 MB are declared
+    small_bomb.write_bytes(gzip.compress(header) + members * 2)
+    large_bomb.write_bytes(gzip.compress(huge) + members * 2)  # 128 MB where 70 MB are declared
     packer = zlib.compressobj()
-    meta = b"ObjectType = Image\nNDims = 3\nDimSize = 600 700 500\nElementType = MET_SHORT\nCompressedData = True\n"
+    meta = b"ObjectType = Image\nNDims = 3\nDimSize = 100 700 500\nElementType = MET_SHORT\nCompressedData = True\n"
     inflated = tmp_path / "zlib.mha"
     with inflated.open("wb") as handle:
         handle.write(meta + b"ElementDataFile = LOCAL\n")
-        for _ in range(7):
+        for _ in range(2):
             handle.write(packer.compress(bytes(1 << 26)))
         handle.write(packer.flush())
     accept(plain)  # imports and first use outside the measurement
     tracemalloc.start()
     answers = {path.name: reject(path) for path in (small_bomb, large_bomb, inflated)}
-    limited = reject(large_bomb, max_voxels=209_999_999)
+    limited = reject(large_bomb, max_voxels=34_999_999)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert {name: kind for name, (kind, _) in answers.items()} == {
@@ -260,7 +266,7 @@ def test_memory_does_not_grow_with_what_a_file_declares_or_unpacks_to(tmp_path: 
         "large.nii.gz": Kind.BYTES,
         "zlib.mha": Kind.BYTES,
     }
-    assert limited == (Kind.TOO_LARGE, "its header declares 210000000 voxels; the limit is 209999999")
+    assert limited == (Kind.TOO_LARGE, "its header declares 35000000 voxels; the limit is 34999999")
     assert peak < 16 << 20
 
 
@@ -436,17 +442,18 @@ def test_masks_survive_nnunets_cropping(image: np.ndarray) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.tuples(*[st.integers(1, 13)] * 3), st.sampled_from([2, 3, 200, 65536]))
+@given(
+    st.integers(0, 10**6), st.tuples(*[st.integers(1, 13)] * 2, st.integers(2, 13)), st.sampled_from([2, 3, 200, 65536])
+)
 def test_masks_are_never_empty_nor_full(seed: int, shape: tuple[int, int, int], levels: int) -> None:
     image = np.random.default_rng(seed).integers(-levels // 2, levels // 2, shape).astype(np.int32)
     image.flat[0] = levels  # not constant ...
-    image.flat[-1] = 0 if image.size > 1 else levels
+    image.flat[-1] = 0
     mask = body_mask(image)
-    assert mask.any() and ((mask == 1) & (image != 0)).any()
-    assert image.size == 1 or not mask.all()
+    assert ((mask == 1) & (image != 0)).any() and not mask.all()
 
 
 def test_otsu_finds_the_gap() -> None:
-    values = np.concatenate([np.full(900, 10.0), np.full(100, 200.0)]).astype(np.float32)
+    values = np.concatenate([np.full(900, 10.0), np.full(100, 200.0)])
     assert 60 < otsu(values) < 150
-    assert otsu(np.full(10, 3.0, np.float32)) == 3.0
+    assert otsu(np.full(10, 3.0)) == 3.0

@@ -27,7 +27,7 @@ from nnunet_umit.plans import planner as planner_module
 from nnunet_umit.plans.integrity import BadImageError
 from nnunet_umit.plans.memory import TrainingMemory, predict_training_memory
 from nnunet_umit.plans.planner import UMITPlanner, UMITPlannerB, UMITPlannerL, UMITPlannerS
-from nnunet_umit.plans.preprocessor import UMITPreprocessor
+from nnunet_umit.plans.preprocessor import UMITNativePreprocessor, UMITPreprocessor
 from nnunet_umit.spacing import Anisotropy
 
 ISOTROPIC, PLANAR = Anisotropy(1.0), Anisotropy(math.inf)
@@ -93,7 +93,7 @@ def test_patch_is_whole_tokens_within_the_median_and_fits(
     patch = sizing.fit_patch(median, token, lambda patch: math.prod(patch) <= voxels)
     assert math.prod(patch) <= voxels
     assert all(size % step == 0 and size >= step for size, step in zip(patch, token, strict=True))
-    assert all(size < extent + step for size, extent, step in zip(patch, median, token, strict=True))
+    assert all(size - step < extent for size, extent, step in zip(patch, median, token, strict=True))
 
 
 def test_patch_keeps_the_proportions_of_the_image() -> None:
@@ -189,7 +189,7 @@ def test_hippocampus_plan(invent: Callable[..., str], nnunet_env: Any, capsys: p
     name = invent((35, 50, 35), (1.0, 1.0, 1.0), cases=206)
     UMITPlanner(name).plan_experiment()
     plans = load_json(str(nnunet_env.preprocessed / name / "UMITPlans.json"))
-    assert list(plans["configurations"]) == ["3d_fullres", "2d"]
+    assert list(plans["configurations"]) == ["3d_fullres", "2d", "3d_native"]
     full, flat = plans["configurations"]["3d_fullres"], plans["configurations"]["2d"]
     assert set(full) == KEYS | {"umit"} and set(flat) == KEYS | {"umit"}
     assert (full["patch_size"], full["batch_size"]) == ([40, 56, 40], 4)
@@ -250,9 +250,34 @@ def test_thick_slices_last_are_transposed_to_the_front(invent: Callable[..., str
 @pytest.mark.usefixtures("cheap_memory")
 def test_2d_dataset_has_only_2d(invent: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     plans = UMITPlanner(invent((1, 280, 235), (999.0, 1.0, 1.0))).plan_experiment()
-    assert list(plans["configurations"]) == ["2d"]
+    assert list(plans["configurations"]) == ["2d", "3d_native"]
+    native = plans["configurations"]["3d_native"]
+    assert native["patch_size"] == [1, *plans["configurations"]["2d"]["patch_size"]]
+    assert native["architecture"]["arch_kwargs"]["strides"][1] == [1, 2, 2] and native["spacing"] == [999.0, 1.0, 1.0]
     assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["token_size"] == 8
     assert "nnUNetv2_train 901 2d 0 -tr UMITTrainer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cheap_memory")
+def test_native_is_planned_for_the_lowest_level_that_occurs(
+    invent: Callable[..., str], nnunet_env: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = invent((10, 220, 200), (10.0, 1.5, 1.5))
+    file = nnunet_env.preprocessed / name / "dataset_fingerprint.json"
+    fingerprint = json.loads(file.read_text())
+    fingerprint["spacings"][1], fingerprint["shapes_after_crop"][1] = [5.0, 1.5, 1.5], [20, 220, 200]
+    file.write_text(json.dumps(fingerprint))
+    plans = UMITPlanner(name).plan_experiment()["configurations"]
+    native, full = plans["3d_native"], plans["3d_fullres"]
+    arch = native["architecture"]["arch_kwargs"]
+    assert arch["native"] is True and arch["spacing"] == [5.0, 1.5, 1.5] == native["spacing"]
+    assert native["median_image_size_in_voxels"] == [20.0, 220.0, 200.0]
+    assert arch["token_size"] == full["architecture"]["arch_kwargs"]["token_size"]
+    assert native["preprocessor_name"] == "UMITNativePreprocessor" and native["umit"]["finetune"]["thicken"] == 0.3
+    assert full["umit"]["finetune"]["thicken"] == 0.0
+    for kind in ("data", "seg", "probabilities"):
+        assert native[f"resampling_fn_{kind}"] == "no_resampling_hack" and native[f"resampling_fn_{kind}_kwargs"] == {}
+    assert "nnUNetv2_preprocess -d 901 -plans_name UMITPlans -c 3d_native" in capsys.readouterr().out
 
 
 def test_large_ct_stays_ct_and_within_memory(invent: Callable[..., str]) -> None:
@@ -334,7 +359,7 @@ def test_stale_configurations_go_and_own_ones_stay(
     }
     file.write_text(json.dumps({"configurations": old}))
     UMITPlanner(name).plan_experiment()
-    assert set(load_json(str(file))["configurations"]) == {"3d_fullres", "2d", "grandchild", "child", "own"}
+    assert set(load_json(str(file))["configurations"]) == {*planner_module.PLANNED, "grandchild", "child", "own"}
     assert "dropped" in capsys.readouterr().out
 
 
@@ -384,6 +409,21 @@ def test_preprocessor_checks_arrays_at_prediction() -> None:
         )
 
 
+def test_native_preprocessor_keeps_the_grid_and_appends_the_spacing(make_dataset: Callable[..., Path]) -> None:
+    plans, dataset_json = _small_plans()
+    configuration = plans.plans["configurations"]["3d_fullres"]
+    for kind in ("data", "seg"):
+        configuration |= {f"resampling_fn_{kind}": "no_resampling_hack", f"resampling_fn_{kind}_kwargs": {}}
+    plans.plans["transpose_forward"] = [2, 0, 1]
+    folder = make_dataset(cases=1, shape=(16, 18, 10), spacing=(0.5, 1.0, 3.0))
+    case = ([str(folder / "imagesTr" / "case_000_0000.nii.gz")], str(folder / "labelsTr" / "case_000.nii.gz"))
+    made = PlansManager(plans.plans).get_configuration("3d_fullres")
+    image, label, _ = UMITNativePreprocessor(verbose=False).run_case(*case, plans, made, dataset_json)
+    assert image.shape == (4, 10, 16, 18) and label.shape == (1, 10, 16, 18)
+    assert [np.unique(channel).tolist() for channel in image[1:]] == [[3.0], [0.5], [1.0]]
+    assert abs(float(image[0].mean())) < 1e-3 and float(image[0].std()) == pytest.approx(1, abs=1e-3)
+
+
 def _small_plans() -> tuple[PlansManager, dict[str, Any]]:
     resampling = {"order": 1, "order_z": 0, "force_separate_z": None}
     configuration = {
@@ -414,6 +454,6 @@ def test_damaged_file_stops_the_stock_command_with_its_name(nnunet_env: Any) -> 
     """The error is raised in a spawned worker and must reach the user."""
     synthetic.make_dataset(nnunet_env.raw, cases=2, shape=(16, 16, 16), corruptions={1: "truncated"})
     command = "nnUNetv2_plan_and_preprocess -d 901 -pl UMITPlanner -c 3d_fullres -np 1 -npfp 1 --no_pbar"
-    run = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=600)
+    run = subprocess.run(shlex.split(command), capture_output=True, encoding="utf-8", timeout=600)
     assert run.returncode != 0
     assert "case_001_0000.nii.gz: truncated" in run.stderr and "again from its source" in run.stderr

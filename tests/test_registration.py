@@ -40,7 +40,7 @@ def run_python(
     return subprocess.run(
         [sys.executable, *flags, "-c", textwrap.dedent(code)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={name: value for name, value in settings.items() if value},
         cwd=folder,
         timeout=120,
@@ -84,7 +84,9 @@ def test_start_up_files_are_one_guarded_line_each_and_silent_without_the_package
     root = Path(__file__).resolve().parents[1]
     line = (root / "nnunet_umit.pth").read_text()
     assert line.count("\n") == 1 and line.startswith("import ")
-    done = subprocess.run([sys.executable, "-S", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", line], capture_output=True, encoding="utf-8", cwd=tmp_path, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     module, function = (root / "nnunet_umit.start").read_text().strip().split(":")
     assert module == registration.__name__
@@ -309,7 +311,12 @@ def test_worker_processes_find_the_names(tmp_path: Path, method: str, hook: str)
     (tmp_path / "probe_module.py").write_text("class UMITProbe: pass\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), registration.NO_HOOK: "1" if hook == "by call" else "0"}
     done = subprocess.run(
-        [sys.executable, str(script), method], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, str(script), method],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=120,
+        check=False,
     )
     assert done.stdout.strip() == "probe_module", done.stderr
 
@@ -467,7 +474,7 @@ def test_stock_command_names_the_known_trainers(nnunet_env: object) -> None:
     done = subprocess.run(
         [str(command), "1", "3d_fullres", "0", "-tr", "UMITNoSuchTrainer", "-device", "cpu"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
         check=False,
     )

@@ -57,13 +57,13 @@ def gather_table(table: Tensor, index: Tensor | None) -> Tensor:
 
 
 def rotate(heads: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of (B, heads, L, h) by the table (2, B or 1, 1, L, h/2).
+    """Turn adjacent channel pairs of (..., B, heads, L, h) by the table (2, B or 1, 1, L, h/2).
 
-    On a CPU as one complex product, which moves less memory; GPUs fuse the plain form, and torch.compile
-    knows no complex numbers.
+    On a CPU as one complex product, read where the pairs lie, without a copy; GPUs fuse the plain form, and
+    torch.compile knows no complex numbers.
     """
     if heads.device.type == "cpu" and not torch.compiler.is_compiling():
-        pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)).contiguous())
+        pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
         turned = torch.view_as_real(pairs * torch.complex(table[0], table[1]))
         return turned.flatten(-2).to(heads.dtype)
     return rotate_plainly(heads, table)

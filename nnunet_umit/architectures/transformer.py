@@ -38,9 +38,9 @@ class Attention(nn.Module):
         """``queries``: (B, Q) token indices that need an output; the others still serve as keys and values."""
         batch, length, dim = tokens_BLE.shape
         qkv = self.qkv(tokens_BLE).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+        parts = qkv.permute(2, 0, 3, 1, 4)
+        query, key = (parts[:2] if rope is None else rotate(parts[:2], rope)).unbind(0)
+        value = parts[2]
         if queries is not None:
             query = query.gather(2, queries[:, None, :, None].expand(-1, self.num_heads, -1, query.shape[-1]))
         mixed = F.scaled_dot_product_attention(query, key, value)

@@ -24,10 +24,13 @@ app = typer.Typer(
     help="Companion of nnU-Net's own commands: what is installed, a demo, and a runner for odd installations.",
 )
 
-# name -> (module and function of the same name, sentence in `umit --help`)
+# name -> (module, with a function of the module's own name, and sentence in `umit --help`)
 SUBCOMMANDS = {
     "doctor": ("nnunet_umit.cli.doctor", "Explain what is installed, what is missing and how to mend it."),
+    "corpus": ("nnunet_umit.cli.corpus", "Make one pre-training dataset of several, without copying an image."),
     "demo": ("nnunet_umit.cli.demo", "Plan, pre-train, fine-tune and predict on a small real data set."),
+    "import": ("nnunet_umit.cli.import_", "Turn a folder of images into a dataset for pre-training without labels."),
+    "train": ("nnunet_umit.cli.train", "nnUNetv2_train as one of torchrun's processes, on one or several machines."),
     "run": ("nnunet_umit.cli.run", "Run a stock nnU-Net command where the start-up hook is not available."),
 }
 
@@ -38,8 +41,8 @@ def _delegate(name: str, module: str) -> Callable[[typer.Context], None]:
     def command(context: typer.Context) -> None:
         real = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         # Options end at the first argument: `umit run nnUNetv2_train --help` asks nnUNetv2_train.
-        real.command(context_settings={"allow_interspersed_args": False} if name == "run" else None)(
-            getattr(import_module(module), name)
+        real.command(context_settings={"allow_interspersed_args": False} if name in ("run", "train") else None)(
+            getattr(import_module(module), module.rpartition(".")[2])
         )
         real(context.args, prog_name=f"umit {name}")
 

@@ -133,13 +133,14 @@ class _Journey:
     def score(self, arm: str) -> demo_report.Scores:
         """Predict the held-out cases with one arm and evaluate."""
         source, target = self.data.folder, self.prediction(arm)
+        workers = "0" if self.virtual else "1"  # 0: in the command's own process
         model = ["-d", self.data.identifier, "-tr", "UMITTrainer", "-p", PLANS, "-c", self.configuration, "-f", "0"]
         self.runner.run(
             f"predict, {arm}",
             "nnUNetv2_predict",
             *("-i", source / "imagesTs", "-o", target),
             *model,
-            *("-device", self.device, "-npp", "1", "-nps", "1"),
+            *("-device", self.device, "-npp", workers, "-nps", workers),
             environment=self._environment(arm),
         )
         self.runner.run(

@@ -71,7 +71,7 @@ def stock_environment(raw: Path, preprocessed: Path, results: Path, *, cores: in
         nnUNet_raw=str(raw),
         nnUNet_preprocessed=str(preprocessed),
         nnUNet_results=str(results),
-        nnUNet_def_n_proc="2",
+        nnUNet_def_n_proc=str(min(max(1, cores // 2), 2)),
         nnUNet_n_proc_DA=str(min(max(1, cores // 2), 4)),
         OMP_NUM_THREADS="1",
         OMP_WAIT_POLICY="PASSIVE",

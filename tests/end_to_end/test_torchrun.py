@@ -25,7 +25,7 @@ def start(*options: str, processes: int = 2) -> subprocess.Popen:
         [sys.executable, *torchrun, str(umit), "train", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )
 
@@ -65,5 +65,5 @@ def test_a_rank_that_dies_ends_the_job_and_loses_nothing(nnunet_env: Any) -> Non
 def test_torchrun_decides_how_many_processes_there_are() -> None:
     umit = Path(sys.executable).parent / "umit"
     words = [str(umit), "train", "902", "3d_native", "all", "-num_gpus", "4"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False, timeout=120)
     assert done.returncode == 2 and "leave -num_gpus away" in done.stderr

@@ -1,0 +1,190 @@
+"""What the benchmarks of spacing and corpus ask for, in which order, and what they do not ask for again.
+
+Trainings and commands are replaced; files, splits, scores and results are real.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from benchmarks import corpus_transfer, equal_time, native_spacing, spacing_robustness
+from benchmarks.common import Results
+from nnunet_umit.plans.corpus import Corpus, Source
+
+DATASETS = ("Dataset004_Hippocampus", "Dataset027_ACDC", "Dataset124_BUSI")
+
+
+class Machine:
+    """Stands in for sub-processes; remembers what was asked of it. ``answer`` is what a command does."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.prepared: list[Any] = []
+        self.trained: list[tuple[Any, ...]] = []
+        self.commands: list[list[str]] = []
+        self.answer: Callable[[Any, list[str], Path], object]
+        monkeypatch.setenv("UMIT_DATA", str(root / "data"))
+        replaced = {"prepare": self.prepare, "stage": self.stage, "call": self.call}
+        for name, method in replaced.items():
+            monkeypatch.setattr(
+                equal_time.Bench, name, lambda bench, *given, method=method, **named: method(bench, *given, **named)
+            )
+
+    def prepare(self, bench: Any, wanted: Any) -> None:
+        self.prepared.append(wanted)
+
+    def stage(self, bench: Any, folder: Path, name: str, trainer: str, plans: str, seconds: float, **named: Any) -> Any:
+        weights = bool(named.get("pretrained_weights"))
+        self.trained.append((bench.dataset, bench.configuration, bench.seed, trainer, plans, seconds, weights))
+        copy = equal_time.plans_copy(plans, folder)
+        fold = folder / bench.dataset / f"{trainer}__{copy}__{bench.configuration}" / f"fold_{bench.fold}"
+        fold.mkdir(parents=True)
+        (fold / "checkpoint_final.pth").touch()
+        (fold / "training_log_1.txt").write_text("x: Epoch 0 \nx: masked loss, Dataset001_A, 2D: 1.0 (3 samples) \n")
+        dice = {"mean": 0.5, "per_class": {"1": 0.5}, "cases": 2}
+        report = {"iterations": 3, "wall_s": 1.0, "cpu_s": 2.0, "checkpoint": str(fold / "checkpoint_final.pth")}
+        return report | ({"dice": dice} if named.get("validate") else {})
+
+    def call(self, bench: Any, command: list[str], folder: Path, accepted: Any = (0,)) -> int:
+        self.commands.append(command)
+        self.answer(bench, command, folder)
+        return 0
+
+    def main(self, benchmark: Any, *arguments: str) -> None:
+        folders = ["--results", str(self.root / "results"), "--work", str(self.root / "work")]
+        benchmark.main(["--full", *folders, *arguments])
+
+    def runs(self, name: str) -> dict[str, Any]:
+        return Results(name, "", self.root / "results").runs
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Small data, and no sub-process."""
+    for dataset in DATASETS:
+        folder = tmp_path / "data" / dataset
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True)
+        (folder / "dataset.json").write_text("{}")
+        split = {"train": [f"t{number}" for number in range(12)], "val": ["b", "a"]}
+        (tmp_path / "data" / "splits").mkdir(exist_ok=True)
+        (tmp_path / "data" / "splits" / f"{dataset}.json").write_text(json.dumps([split]))
+        label = np.broadcast_to(np.array([0, 1, 1, 2, 2], np.uint8), (4, 6, 5))
+        for case in split["val"]:
+            nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / "labelsTr" / f"{case}.nii.gz")
+            image = nibabel.Nifti1Image(label.astype(np.float32), np.eye(4))
+            nibabel.save(image, folder / "imagesTr" / f"{case}_0000.nii.gz")
+    return Machine(tmp_path, monkeypatch)
+
+
+def test_native_spacing_trains_every_arm_and_seed_once_and_times_predictions_in_turn(machine, monkeypatch, capsys):
+    seconds = itertools.count(1.0)
+    monkeypatch.setattr(native_spacing, "child_cpu_s", lambda: next(seconds))
+
+    def predict(bench: Any, command: list[str], folder: Path) -> None:
+        images, output = (Path(command[command.index(word) + 1]) for word in ("-i", "-o"))
+        output.mkdir()
+        for image in images.iterdir():
+            (output / image.name.replace("_0000", "")).touch()
+
+    machine.answer = predict
+    machine.main(native_spacing, "--seed", "1")
+    machine.main(native_spacing)
+    trained = [("Dataset027_ACDC", arm, seed, "UMITTrainer", "UMITPlans", 900.0, False) for seed in (1, 2)
+               for arm in native_spacing.ARMS]  # fmt: skip
+    assert machine.trained == trained
+    assert machine.prepared == [{"UMITPlans": native_spacing.ARMS}] * 2
+    order = [command[command.index("-c") + 1] for command in machine.commands]
+    native, resampled = native_spacing.ARMS
+    assert order == [native, resampled] * 2 + [resampled, native] + [native, resampled]
+    assert {"--disable_tta", "cpu"} <= set(machine.commands[0])
+    expected = [f"seed1/{last}" for last in (*native_spacing.ARMS, "predict/1", "predict/2", "predict/3")]
+    expected += [f"seed2/{arm}" for arm in native_spacing.ARMS]
+    assert list(machine.runs("native_spacing")) == [f"full/fold0/15min/{key}" for key in expected]
+    assert machine.runs("native_spacing")["full/fold0/15min/seed1/predict/1"]["cases"] == 2
+    assert str(machine.root) not in (machine.root / "results" / "native_spacing.json").read_text()
+    assert "0.000 (bar -0.005: met)" in capsys.readouterr().out
+
+
+def test_a_prediction_that_left_images_out_is_no_timing(machine):
+    machine.answer = lambda bench, command, folder: Path(command[command.index("-o") + 1]).mkdir()
+    with pytest.raises(RuntimeError, match="wrote 0 of 2 files"):
+        machine.main(native_spacing, "--seed", "1")
+    assert list(machine.runs("native_spacing")) == [f"full/fold0/15min/seed1/{arm}" for arm in native_spacing.ARMS]
+
+
+def test_robustness_scores_every_arm_on_every_thickness(machine, capsys):
+    def predict(bench: Any, command: list[str], folder: Path) -> None:
+        for images, output in json.loads(Path(command[-1]).read_text())["folders"]:
+            Path(output).mkdir(parents=True)
+            for file in Path(images).iterdir():
+                image = nibabel.Nifti1Image.from_filename(file)
+                found = np.floor(np.asarray(image.dataobj) + 0.5).astype(np.uint8)
+                name = file.name.replace("_0000", "")
+                nibabel.save(nibabel.Nifti1Image(found, image.affine), Path(output) / name)
+
+    machine.answer = predict
+    machine.main(spacing_robustness, "--arm", "primus_s")
+    machine.main(spacing_robustness)
+    machine.main(spacing_robustness)
+    assert machine.prepared == [{"nnUNetPlans": ["3d_fullres"]}, {"UMITPlans": ["3d_native", "3d_fullres"]}]
+    assert [row[1:5] for row in machine.trained] == [
+        ("3d_fullres", 1, "nnUNet_Primus_S_Trainer", "nnUNetPlans"),
+        ("3d_native", 1, "UMITTrainer", "UMITPlans"),
+        ("3d_fullres", 1, "UMITTrainer", "UMITPlans"),
+    ]
+    scores = machine.runs("spacing_robustness")["full/fold0/15min/seed1/umit_native/thick"]["scores"]
+    assert scores["1mm"] == {"mean": 1.0, "per_class": {"1": 1.0, "2": 1.0}, "cases": 2}
+    assert scores["2mm_x"]["mean"] == 1.0, "the label does not change along x"
+    # slices 0 1 1 2 2 along z become (0 1) (1 2) (2 2), are predicted as 1 2 2, and come back as 1 1 2 2 2
+    assert scores["2mm_z"]["per_class"] == {"1": 0.5, "2": 0.8}
+    assert len(scores) == 13 and (machine.root / "results" / "spacing_robustness.png").is_file()
+    assert "thick grid" in capsys.readouterr().out
+
+
+def test_the_corpus_is_built_once_and_fine_tuned_with_and_without(machine, monkeypatch, capsys):
+    monkeypatch.setattr(corpus_transfer, "DATASETS", (4, 27, 124))
+
+    def answer(bench: Any, command: list[str], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").write_text("9 imported, 0 quarantined\n")
+        bench.base.mkdir(parents=True, exist_ok=True)
+        if command[1] == "import":
+            (bench.raw / "Dataset901_Extra").mkdir()
+            (bench.raw / "Dataset901_Extra" / "dataset.json").write_text("{}")
+        if command[1] == "corpus":
+            home = bench.base / "UMITPlans_3d_native"
+            home.mkdir()
+            corpus = Corpus(1, [Source("Dataset001_A", "x", 1.0, [], "")], root=home)
+            for spacing in ((999.0, 1.0, 1.0), (1.0, 1.0, 1.0)):
+                corpus.add(0, "a", 1, False, spacing, (1, 5, 5))
+            corpus.write(home)
+            plans = {"configurations": {"3d_native": {"umit": {"size": "S"}}}}
+            (bench.base / "UMITPlans.json").write_text(json.dumps(plans))
+
+    machine.answer = answer
+    machine.main(corpus_transfer)
+    machine.main(corpus_transfer)
+    typed = [command[1:] for command in machine.commands]
+    assert typed[1] == ["corpus", *"-d 4 -d 27 -d 124 -d 901 --id 900 --name Corpus".split()]
+    assert [words[:4] for words in typed[2:]] == [["-d", str(n), "-pl", "UMITPlannerS"] for n in (4, 27, 124)]
+    assert machine.trained[0] == (
+        "Dataset900_Corpus", "3d_native", 1, "UMITPretrainTrainer", "UMITPlans", 1800.0, False,
+    )  # fmt: skip
+    assert len(machine.trained) == 1 + 3 * 2 * 2
+    assert machine.trained[1][3:] == ("UMITTrainer", "UMITPlansS", 240.0, True) and not machine.trained[2][-1]
+    runs = machine.runs("corpus_transfer")
+    assert runs["full/corpus"]["commands"][0].startswith("umit import DATA/unlabelled_extra --dataset 901 --name Extra")
+    assert runs["full/corpus/30min"]["missing"] == ["Dataset001_A, level 0"]
+    split = machine.root / "work" / "corpus_transfer" / "nnUNet_preprocessed" / "Dataset124_BUSI" / "splits_final.json"
+    assert json.loads(split.read_text()) == [{"train": [f"t{n}" for n in range(10)], "val": ["a", "b"]}]
+    assert str(machine.root) not in (machine.root / "results" / "corpus_transfer.json").read_text()
+    assert "Dataset124_BUSI: no difference to speak of" in capsys.readouterr().out
