@@ -50,4 +50,6 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
     masked = runs["mae_step"]["full/tokens512/threads2"]["arms"]
     names = ("UMIT, equal size", "UMIT, narrow decoder", "UMIT, narrow decoder, conv stem")
     figures += [f"| {masked[arm]['ratio']['cpu']['median']:.3f} x |" for arm in names]
+    longer = runs["mae_step"]["full/tokens1400/threads2"]["arms"]["UMIT, equal size"]
+    figures.append(f"1400 tokens | {longer['ratio']['cpu']['median']:.3f} x |")
     assert [figure for figure in figures if figure not in text] == []
