@@ -23,7 +23,7 @@ from nnunet_umit.architectures.native import NativeView
 from nnunet_umit.architectures.rope import gather_table, rotary_table
 from nnunet_umit.architectures.sac import SACUp
 from nnunet_umit.architectures.stem import take_tokens
-from nnunet_umit.architectures.transfer import TransferReport, load_state, transfer_encoder
+from nnunet_umit.architectures.transfer import Transferable
 from nnunet_umit.architectures.transformer import Transformer
 from nnunet_umit.config import PretrainConfig
 from nnunet_umit.spacing import Anisotropy, TokenGrid
@@ -57,7 +57,7 @@ class MAEOutput:
     spacings: Spacings
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Transferable):
     """SACViT encoder, narrow decoder, per-patch normalised target.
 
     Args:
@@ -93,17 +93,6 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Transformer(decoder_dim, decoder_depth, decoder_heads)
         self.head = SACUp(decoder_dim, input_channels, encoder.token_size, fidelity)
         nn.init.normal_(self.head.weight, std=0.02)  # the first prediction is near zero, the first loss near 1
-        self.transfer_report: TransferReport | None = None
-
-    def load_umit_pretrained(self, path: str) -> TransferReport:
-        """Begin from an encoder that exists already, to go on with other images; a decoder of equal shape comes too.
-
-        Raises:
-            ValueError: under 90 % of the encoder arrived; the network is unchanged then.
-        """
-        state, card = load_state(path)
-        self.transfer_report = transfer_encoder(state, self, source=str(path), card=card)
-        return self.transfer_report
 
     @classmethod
     def from_arch_kwargs(

@@ -139,6 +139,23 @@ def transfer_encoder(
     return report
 
 
+class Transferable(nn.Module):
+    """A network with an ``encoder`` that stock ``-pretrained_weights`` can fill; the report of it is kept."""
+
+    transfer_report: TransferReport | None = None
+
+    def load_umit_pretrained(self, path: str) -> TransferReport:
+        """Load a pre-trained encoder (``checkpoint_*.pth`` or ``encoder.safetensors``), adapting what differs; other
+        parameters of equal name and shape come too, segmentation heads never.
+
+        Raises:
+            ValueError: under 90 % of the encoder arrived; the network is unchanged then.
+        """
+        state, card = load_state(path)
+        self.transfer_report = transfer_encoder(state, self, source=str(path), card=card)
+        return self.transfer_report
+
+
 def adapt(name: str, found: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
     """Change a stem kernel (O, C, k, k, k) to the wanted channels and size; None where no rule applies."""
     if not name.startswith("encoder.stem.") or found.dim() != 5 or found.shape[0] != wanted.shape[0]:

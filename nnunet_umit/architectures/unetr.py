@@ -22,7 +22,7 @@ from nnunet_umit.architectures.encoder import Encoding, SACViT, encoder_argument
 from nnunet_umit.architectures.native import NativeView
 from nnunet_umit.architectures.sac import SACUp
 from nnunet_umit.architectures.stem import ConvNormAct
-from nnunet_umit.architectures.transfer import TransferReport, load_state, transfer_encoder
+from nnunet_umit.architectures.transfer import Transferable
 from nnunet_umit.spacing import Anisotropy
 
 UPSAMPLE = ("interpolate", "transposed")
@@ -135,7 +135,7 @@ class UNETRDecoder(nn.Module):
         return logits[..., : wanted[0], : wanted[1], : wanted[2]]
 
 
-class UMITSegmenter(nn.Module):
+class UMITSegmenter(Transferable):
     """The network in a UMIT plan: SACViT and UNETR-style decoder, as nnU-Net's plans construct it.
 
     Args:
@@ -179,7 +179,6 @@ class UMITSegmenter(nn.Module):
             fidelity=arch_kwargs.get("fidelity", "exact"),
             logit_bound=logit_bound,
         )
-        self.transfer_report: TransferReport | None = None
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """(B, C, D, H, W) or (B, C, H, W) of any size -> logits of that size, or a list, finest first."""
@@ -196,16 +195,6 @@ class UMITSegmenter(nn.Module):
     def set_drop_path(self, rate: float) -> None:
         """Change the encoder's stochastic depth rate."""
         self.encoder.set_drop_path(rate)
-
-    def load_umit_pretrained(self, path: str) -> TransferReport:
-        """Load a pre-trained encoder (``checkpoint_*.pth`` or ``encoder.safetensors``), adapting what differs.
-
-        Raises:
-            ValueError: under 90 % of the encoder arrived; the network is unchanged then.
-        """
-        state, card = load_state(path)
-        self.transfer_report = transfer_encoder(state, self, source=str(path), card=card)
-        return self.transfer_report
 
     def _check_strides(self, strides: Sequence[Sequence[int]] | None) -> None:
         if strides is None:

@@ -124,7 +124,7 @@ class Corpus:
     def table(self) -> list[tuple[str, ...]]:
         """For people, a row for each dataset: name, cases, images, spacing, share of the draws."""
         total = sum(source.weight for source in self.sources)
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for number, source in enumerate(self.sources):
             mine = [row for row, each in enumerate(self.source) if each == number]
             low, high = (reduce([self.spacing[row] for row in mine], 0) for reduce in (np.min, np.max))

@@ -27,7 +27,8 @@ class ChannelView:
     def __getitem__(self, key: tuple[Any, ...]) -> np.ndarray:
         """A slice of channels and places; a channel that is shown several times is read once."""
         wanted = self.channels[key[0]]
-        read = {channel: np.asarray(self.array[(channel, *key[1:])]) for channel in dict.fromkeys(wanted)}
+        places = tuple(key[1:])
+        read = {channel: np.asarray(self.array[(channel,) + places]) for channel in dict.fromkeys(wanted)}
         return np.stack([read[channel] for channel in wanted])
 
 

@@ -23,6 +23,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     network: Any
     dataset_class: Any
+    preprocessed_dataset_folder: Any
     section: ClassVar[str]  # which part of the umit block the trainer obeys
     umit: UMITConfig
     guard: NonFiniteGuard
