@@ -235,11 +235,17 @@ def load_trained(trainer: Any, checkpoint: str) -> None:
 
 
 def validate(trainer: Any) -> dict[str, Any]:
-    """nnU-Net's final validation: its time and Dice."""
+    """Final validation: its time, and Dice, or the figures of a training without labels."""
     started = time.perf_counter()
     trainer.perform_actual_validation(False)
-    dice = read_dice(Path(trainer.output_folder) / "validation" / "summary.json")
-    return {"validation_s": time.perf_counter() - started, "dice": dice, "finished": True}
+    summary = Path(trainer.output_folder) / "validation" / "summary.json"
+    content = json.loads(summary.read_text(encoding="utf-8"))
+    if "foreground_mean" in content:
+        found = {"dice": read_dice(summary)}
+    else:
+        kept = {name: content[name] for name in ("mean", "pooled")}
+        found = {"figures": kept | {"cases": len(content["metric_per_case"])}}
+    return {"validation_s": time.perf_counter() - started, **found, "finished": True}
 
 
 def read_dice(summary: Path) -> dict[str, Any]:

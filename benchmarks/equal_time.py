@@ -194,6 +194,13 @@ class Bench:
         cases = json.loads((self.base / "dataset.json").read_text(encoding="utf-8"))["numTraining"]
         return len(list((self.base / planned["data_identifier"]).glob("*.pkl"))) >= cases
 
+    def umit_value(self, plans: str, section: str, name: str) -> Any:
+        """A hyper-parameter of the plans as they are before a run edits its copy."""
+        from nnunet_umit.config import get_umit_config
+
+        planned = json.loads((self.base / f"{plans}.json").read_text(encoding="utf-8"))
+        return getattr(getattr(get_umit_config(planned["configurations"][self.configuration]), section), name)
+
     def train(self, folder: Path, name: str, **settings: Any) -> dict[str, Any]:
         """One sub-process of budgeted_training; returns its report. What an earlier, killed call finished is kept."""
         job: dict[str, Any] = {
@@ -246,22 +253,31 @@ class Bench:
         return model
 
     def stage(
-        self, folder: Path, name: str, trainer: str, plans: str, seconds: float, **settings: Any
+        self,
+        folder: Path,
+        name: str,
+        trainer: str,
+        plans: str,
+        seconds: float,
+        *,
+        values: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> dict[str, Any]:
         """Probe the time of a step, fit the schedule to ``seconds``, train.
 
         Args:
             folder: of this run; logs, reports and checkpoints go there.
-            name: ``stock``, or the section of the umit block: ``pretrain`` or ``finetune``.
+            name: ``stock``, or the section of the umit block: ``pretrain``, ``tokenizer`` or ``finetune``.
             trainer, plans: names as nnU-Net knows them; the plans are copied under a name of this run, then edited.
             seconds: training wall time.
+            values: of the umit block, e.g. ``{"tokenizer.quantiser": "nearest"}``.
         """
         target, configuration = plans_copy(plans, folder), self.configuration
         batch = 2 if self.options.quick else None
         overrides: dict[str, Any] = {}
         if name != "stock":
             fixed = {f"{name}.val_iterations_per_epoch": 1, f"{name}.seed": self.seed}
-            overrides = dict(self.options.set) | fixed
+            overrides = dict(self.options.set) | dict(values or {}) | fixed
         step_s, overhead_s, epochs = 1.0, 0.0, 2
         if not self.options.quick:
             probe_plan = overrides if name == "stock" else overrides | {f"{name}.epochs": 2}

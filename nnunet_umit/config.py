@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 VERSION = 1
 SIZE_NAMES = ("tiny", "XS", "S", "B", "L")
+QUANTISERS = ("soft", "gumbel", "nearest")
 _T = TypeVar("_T")
 
 
@@ -69,13 +70,22 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
-    """Masked-autoencoder pre-training (SelfMedMAE, arXiv 2203.05573; MAE, arXiv 2111.06377)."""
+    """Masked pre-training: a masked autoencoder (SelfMedMAE, arXiv 2203.05573; MAE, arXiv 2111.06377), or soft tokens
+    (PUMIT, arXiv 2312.07630).
+
+    ``decoder_*`` are the masked autoencoder's. Soft-token pre-training has ``mask_layers``, the number of last blocks
+    that see mask tokens; ``mask_positions``, whether mask tokens carry an absolute position beside the rotary one; and
+    ``tokenizer``, the path of a tokenizer's checkpoint, where ``-pretrained_weights`` names none.
+    """
 
     betas: tuple[float, float] = (0.9, 0.95)
     mask_ratio: float = 0.75
     decoder_dim: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 4
+    mask_layers: int = 2
+    mask_positions: bool = True
+    tokenizer: str | None = None
     picture_every: int = 10
 
     def __post_init__(self) -> None:
@@ -83,12 +93,69 @@ class PretrainConfig(TrainingConfig):
         _require(
             self, "mask_ratio", _number(self.mask_ratio) and 0 < self.mask_ratio < 1, "between 0 and 1, both excluded"
         )
-        for name in ("decoder_dim", "decoder_depth", "decoder_heads", "picture_every"):
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads", "mask_layers", "picture_every"):
             _require(
                 self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
             )
+        _require(self, "mask_positions", isinstance(self.mask_positions, bool), "true or false")
+        _require(self, "tokenizer", self.tokenizer is None or isinstance(self.tokenizer, str), "null or a path")
         _require(
             self, "decoder_heads", self.decoder_dim % (4 * self.decoder_heads) == 0, "a divisor of decoder_dim / 4"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(TrainingConfig):
+    """Visual tokenizer with soft tokens (PUMIT, arXiv 2312.07630).
+
+    Args:
+        dim: width at the token grid.
+        codes: size of the codebook.
+        quantiser: ``"soft"``, or ``"gumbel"`` and ``"nearest"`` for comparison.
+        sharpness, diversity: weights of the two halves of the prior-distribution regularisation.
+        usage_momentum: moving average of the mean distribution that diversity looks at; 0: this batch only.
+        gradient, similarity: weights of the multi-scale gradient and the SSIM-like term; 0: off.
+        perceptual: weight of the distance between features of the encoder in ``perceptual_weights``; 0: off.
+        perceptual_weights: path of an ``encoder.safetensors``.
+        discriminator: weight of the hinge discriminator (PUMIT: 0.003); 0: off.
+        discriminator_learning_rate: its learning rate.
+        smallest_perplexity: share of the codebook below which a collapse is warned of.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    dim: int = 256
+    codes: int = 256
+    quantiser: str = "soft"
+    sharpness: float = 0.1
+    diversity: float = 0.3
+    usage_momentum: float = 0.9
+    gradient: float = 0.0
+    similarity: float = 0.0
+    perceptual: float = 0.0
+    perceptual_weights: str | None = None
+    discriminator: float = 0.0
+    discriminator_learning_rate: float = 1e-3
+    smallest_perplexity: float = 0.1
+    picture_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("dim", 8), ("codes", 2), ("picture_every", 1)):
+            value = getattr(self, name)
+            _require(self, name, isinstance(value, int) and value >= least, f"a whole number >= {least}")
+        _require(self, "quantiser", self.quantiser in QUANTISERS, f"one of {', '.join(QUANTISERS)}")
+        for name in ("sharpness", "diversity", "gradient", "similarity", "perceptual", "discriminator"):
+            _require(self, name, _number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
+        for name in ("usage_momentum", "smallest_perplexity"):
+            _require(self, name, _number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        rate = self.discriminator_learning_rate
+        _require(self, "discriminator_learning_rate", _number(rate) and rate > 0, "a number > 0")
+        named = isinstance(self.perceptual_weights, str)
+        _require(
+            self,
+            "perceptual_weights",
+            named if self.perceptual else self.perceptual_weights is None,
+            "the path of an encoder.safetensors where perceptual is above 0, and null where it is 0",
         )
 
 
@@ -129,6 +196,7 @@ class UMITConfig:
     size: str = "XS"
     why: str = ""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
@@ -139,10 +207,12 @@ class UMITConfig:
     def for_size(cls, size: str, why: str = "", thicken: float = 0.0) -> UMITConfig:
         """Defaults for a network size; wider networks take smaller learning rates and more drop path."""
         learning_rate, drop_path = _SIZE_DEFAULTS.get(size, _SIZE_DEFAULTS["XS"])
+        dim, codes = _TOKENIZER_DEFAULTS.get(size, _TOKENIZER_DEFAULTS["XS"])
         return cls(
             size=size,
             why=why,
             pretrain=PretrainConfig(learning_rate=learning_rate, thicken=thicken),
+            tokenizer=TokenizerConfig(dim=dim, codes=codes, thicken=thicken),
             finetune=FinetuneConfig(learning_rate=learning_rate, drop_path=drop_path, thicken=thicken),
         )
 
@@ -154,7 +224,7 @@ class UMITConfig:
             ValueError: an unknown key (the nearest known one is named) or a value out of its range.
         """
         values = dict(block)
-        for name, section in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+        for name, section in _SECTIONS.items():
             values[name] = _build(section, values.get(name, {}), f"umit.{name}")
         return _build(cls, values, "umit")
 
@@ -163,6 +233,12 @@ class UMITConfig:
         return _plain(dataclasses.asdict(self))
 
 
+_SECTIONS: dict[str, type[TrainingConfig]] = {
+    "pretrain": PretrainConfig,
+    "tokenizer": TokenizerConfig,
+    "finetune": FinetuneConfig,
+}
+_TOKENIZER_DEFAULTS = {"tiny": (32, 16), "XS": (256, 256), "S": (384, 512), "B": (512, 1024), "L": (512, 1024)}
 _SIZE_DEFAULTS = {"tiny": (2e-3, 0.0), "XS": (1e-3, 0.05), "S": (5e-4, 0.1), "B": (3e-4, 0.2), "L": (2e-4, 0.3)}
 
 

@@ -46,6 +46,8 @@ PREPROCESSORS = "nnunetv2.preprocessing"
 REGISTRY = {
     (TRAINERS, "UMITTrainer"): "nnunet_umit.trainers.finetune",
     (TRAINERS, "UMITPretrainTrainer"): "nnunet_umit.trainers.pretrain",
+    (TRAINERS, "UMITTokenizerTrainer"): "nnunet_umit.trainers.tokenizer",
+    (TRAINERS, "UMITSoftTokenPretrainTrainer"): "nnunet_umit.trainers.soft_tokens",
     (PLANNERS, "UMITPlanner"): "nnunet_umit.plans.planner",
     (PLANNERS, "UMITPlannerS"): "nnunet_umit.plans.planner",
     (PLANNERS, "UMITPlannerB"): "nnunet_umit.plans.planner",

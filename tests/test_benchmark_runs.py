@@ -1,4 +1,4 @@
-"""What the benchmarks of spacing and corpus ask for, in which order, and what they do not ask for again.
+"""What the benchmarks that train ask for, in which order, and what they do not ask for again.
 
 Trainings and commands are replaced; files, splits, scores and results are real.
 """
@@ -15,7 +15,14 @@ import nibabel
 import numpy as np
 import pytest
 
-from benchmarks import corpus_transfer, equal_time, native_spacing, spacing_robustness
+from benchmarks import (
+    corpus_transfer,
+    equal_time,
+    native_spacing,
+    pretraining_methods,
+    spacing_robustness,
+    tokenizer,
+)
 from benchmarks.common import Results
 from nnunet_umit.plans.corpus import Corpus, Source
 
@@ -29,6 +36,7 @@ class Machine:
         self.root = root
         self.prepared: list[Any] = []
         self.trained: list[tuple[Any, ...]] = []
+        self.values: list[Any] = []
         self.commands: list[list[str]] = []
         self.answer: Callable[[Any, list[str], Path], object]
         monkeypatch.setenv("UMIT_DATA", str(root / "data"))
@@ -43,6 +51,7 @@ class Machine:
 
     def stage(self, bench: Any, folder: Path, name: str, trainer: str, plans: str, seconds: float, **named: Any) -> Any:
         weights = bool(named.get("pretrained_weights"))
+        self.values.append(named.get("values"))
         self.trained.append((bench.dataset, bench.configuration, bench.seed, trainer, plans, seconds, weights))
         copy = equal_time.plans_copy(plans, folder)
         fold = folder / bench.dataset / f"{trainer}__{copy}__{bench.configuration}" / f"fold_{bench.fold}"
@@ -51,7 +60,11 @@ class Machine:
         (fold / "training_log_1.txt").write_text("x: Epoch 0 \nx: masked loss, Dataset001_A, 2D: 1.0 (3 samples) \n")
         dice = {"mean": 0.5, "per_class": {"1": 0.5}, "cases": 2}
         report = {"iterations": 3, "wall_s": 1.0, "cpu_s": 2.0, "checkpoint": str(fold / "checkpoint_final.pth")}
-        return report | ({"dice": dice} if named.get("validate") else {})
+        if not named.get("validate"):
+            return report
+        pooled = {"perplexity": 64.0, "codes_used": 90.0, "entropy": 0.5}
+        figures = {"mean": {"psnr": 25.0, "ssim": 0.8}, "pooled": pooled, "cases": 2}
+        return report | ({"dice": dice} if trainer.endswith("UMITTrainer") or name == "stock" else {"figures": figures})
 
     def call(self, bench: Any, command: list[str], folder: Path, accepted: Any = (0,)) -> int:
         self.commands.append(command)
@@ -188,3 +201,39 @@ def test_the_corpus_is_built_once_and_fine_tuned_with_and_without(machine, monke
     assert json.loads(split.read_text()) == [{"train": [f"t{n}" for n in range(10)], "val": ["a", "b"]}]
     assert str(machine.root) not in (machine.root / "results" / "corpus_transfer.json").read_text()
     assert "Dataset124_BUSI: no difference to speak of" in capsys.readouterr().out
+
+
+def test_tokenizers_are_compared_over_three_seeds(machine, monkeypatch, capsys):
+    monkeypatch.setattr(equal_time.Bench, "umit_value", lambda *given: 256)
+    machine.main(tokenizer)
+    machine.main(tokenizer)
+    compared = [(mode, seed, 360.0) for seed in (1, 2, 3) for mode in tokenizer.MODES]
+    assert machine.values == [{"tokenizer.quantiser": mode} for mode in ("soft", *(each[0] for each in compared))]
+    assert [(each[2], each[5]) for each in machine.trained] == [(1, 1200.0), *(each[1:] for each in compared)]
+    assert {each[3] for each in machine.trained} == {"UMITTokenizerTrainer"}
+    assert len(machine.runs("tokenizer")) == 10
+    printed = capsys.readouterr().out
+    assert "perplexity as a share of the codebook: 0.250 (bar 0.5: NOT met)" in printed
+    assert "codes_used, mean over 3 seed(s): soft 90.00, nearest 90.00 (met)" in printed
+
+
+def test_every_method_pretrains_once_and_is_finetuned_with_every_seed(machine, capsys):
+    machine.answer = lambda bench, command, folder: None
+    machine.main(pretraining_methods)
+    machine.main(pretraining_methods)
+    first = [each for each in machine.trained if each[3] != "UMITTrainer"]
+    tokenizer_s, soft_s = pytest.approx(480.0), pytest.approx(720.0)
+    for dataset, trained in zip(DATASETS[:2], (first[:3], first[3:]), strict=True):
+        assert trained == [
+            (dataset, "3d_fullres", 1, "UMITPretrainTrainer", "UMITPlans", 1200.0, False),
+            (dataset, "3d_fullres", 1, "UMITTokenizerTrainer", "UMITPlans", tokenizer_s, False),
+            (dataset, "3d_fullres", 1, "UMITSoftTokenPretrainTrainer", "UMITPlans", soft_s, False),
+        ]
+    tuned = [each for each in machine.trained if each[3] == "UMITTrainer"]
+    assert len(tuned) == 3 * 2 * 4 and sum(each[-1] for each in tuned) == 3 * 2 * 2
+    assert sorted({each[5] for each in tuned}) == [300.0, 1500.0]
+    runs = machine.runs("pretraining_methods")
+    assert runs["full/fold0/20min+5min/Dataset004_Hippocampus/all/seed2/mae"]["labelled"] == 12
+    assert str(machine.root) not in (machine.root / "results" / "pretraining_methods.json").read_text()
+    assert (machine.root / "results" / "pretraining_methods.png").stat().st_size > 0
+    assert "Dataset027_ACDC/10" in capsys.readouterr().out

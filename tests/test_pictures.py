@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from nnunet_umit.trainers import progress as module
-from nnunet_umit.trainers.pictures import PAPER, Panel, Reconstruction, _extent, draw_progress, draw_reconstructions
+from nnunet_umit.trainers.pictures import (
+    PAPER,
+    TOKENS,
+    Panel,
+    Reconstruction,
+    _extent,
+    draw_progress,
+    draw_reconstructions,
+    draw_usage,
+)
 from nnunet_umit.trainers.progress import StepProgress
 
 
@@ -15,7 +24,8 @@ def sample(*shape: int, spacing: tuple[float, ...] = (1.0, 1.0, 1.0), case: str 
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     masked = image.copy()
     masked[..., : shape[-1] // 2] = np.nan
-    return Reconstruction(case, image, masked, np.nan_to_num(masked), spacing)
+    columns = {"input": image, "masked input": masked, "reconstruction": np.nan_to_num(masked)}
+    return Reconstruction(case, columns, spacing)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +53,16 @@ def test_constant_and_broken_images_are_drawn(tmp_path: Path) -> None:
     constant = np.zeros((8, 8), np.float32)
     broken = np.full((8, 8), np.nan, np.float32)
     samples = [
-        Reconstruction("constant", constant, broken, constant, (1.0, 1.0)),
-        Reconstruction("broken", broken, broken, broken, (1.0, 1.0)),
+        Reconstruction("constant", {"input": constant, "masked input": broken, TOKENS: constant}, (1.0, 1.0)),
+        Reconstruction("broken", {"input": broken, "masked input": broken, TOKENS: broken}, (1.0, 1.0)),
     ]
     draw_reconstructions(samples, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0
+
+
+def test_the_use_of_a_codebook_is_drawn(tmp_path: Path) -> None:
+    draw_usage([0.5, 0.25, 0.25, 0.0], tmp_path / "codebook.png", "a title")
+    assert matplotlib.image.imread(tmp_path / "codebook.png").shape[0] > 100
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 40])

@@ -30,6 +30,7 @@ def make_plans(
     dataset: str = NAME,
     pretrain: dict[str, Any] | None = None,
     finetune: dict[str, Any] | None = None,
+    tokenizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What UMITPlanner would write, for a network of a few thousand weights and a training of seconds."""
     short = {"epochs": 2, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2}
@@ -73,6 +74,7 @@ def make_plans(
             "size": "tiny",
             "why": "a test",
             "pretrain": {**short, "decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, **(pretrain or {})},
+            "tokenizer": {**short, "dim": 16, "codes": 8, **(tokenizer or {})},
             "finetune": {**short, "augmentation": "light", **(finetune or {})},
         },
         **resampling,

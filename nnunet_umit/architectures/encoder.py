@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,18 @@ SIZES: dict[str, dict[str, int]] = {
     "B": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "L": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
+
+
+@dataclass
+class Embedding:
+    """What the stem made: tokens (B, K or L, E), its features (finest first), the padded image (B, C, D, H, W), and the
+    grid and anisotropy they belong to."""
+
+    tokens: Tensor
+    features: list[Tensor]
+    image: Tensor
+    grid: TokenGrid
+    anisotropy: Anisotropy
 
 
 @dataclass
@@ -129,6 +142,13 @@ class SACViT(nn.Module):
         Raises:
             ValueError: an image that has neither four nor five axes.
         """
+        embedded = self.embed(image, spacings=spacings, visible=visible)
+        rope = self.rope(embedded.grid, visible, image.device)
+        tokens, tapped = self.transformer(embedded.tokens, rope, taps=taps)
+        return Encoding(tokens, tapped, embedded.features, embedded.image, embedded.grid, embedded.anisotropy)
+
+    def embed(self, image: Tensor, *, spacings: Spacings | None = None, visible: Tensor | None = None) -> Embedding:
+        """The stem alone; arguments and errors as for the whole."""
         if image.dim() not in (4, 5):
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (B, C, D, H, W) or (B, C, H, W)")
         grid, anisotropy = self.grid(image, spacings), Anisotropy.from_spacings(self._spacings(image, spacings))
@@ -137,9 +157,11 @@ class SACViT(nn.Module):
         if any(grid.padding):
             image = F.pad(image, grid.padding)
         tokens, features = self.stem(image, grid, anisotropy, visible)
-        rope = gather_table(rotary_table(grid, self.head_dim, image.device), visible)
-        tokens, tapped = self.transformer(tokens, rope, taps=taps)
-        return Encoding(tokens, tapped, features, image, grid, anisotropy)
+        return Embedding(tokens, features, image, grid, anisotropy)
+
+    def rope(self, grid: TokenGrid, visible: Tensor | None, device: torch.device) -> Tensor:
+        """Rotary table of all tokens of a grid, or of the visible ones (B, K)."""
+        return gather_table(rotary_table(grid, self.head_dim, device), visible)
 
     def layer_id(self, name: str) -> int:
         """Depth of a parameter for layer-wise learning-rate decay: 0 stem, k + 1 block k, depth + 1 the rest."""

@@ -114,16 +114,21 @@ class Transformer(nn.Module):
         With ``queries`` (B, Q) the last block, and so the output (B, Q, E), is computed for those tokens only.
         """
         outputs: dict[int, Tensor] = {}
-        last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            wanted = queries if index == last else None
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens_BLE = checkpoint(block, tokens_BLE, rope, wanted, use_reentrant=False)
-            else:
-                tokens_BLE = block(tokens_BLE, rope, wanted)
+        for index in range(len(self.blocks)):
+            tokens_BLE = self.run(tokens_BLE, rope, range(index, index + 1), queries)
             if index in taps:
                 outputs[index] = tokens_BLE
         return self.norm(tokens_BLE), [outputs[tap] for tap in taps]
+
+    def run(self, tokens_BLE: Tensor, rope: Tensor | None, blocks: range, queries: Tensor | None = None) -> Tensor:
+        """Some of the blocks, without the final norm; ``queries`` as in :meth:`forward`."""
+        for index in blocks:
+            wanted = queries if index == len(self.blocks) - 1 else None
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens_BLE = checkpoint(self.blocks[index], tokens_BLE, rope, wanted, use_reentrant=False)
+            else:
+                tokens_BLE = self.blocks[index](tokens_BLE, rope, wanted)
+        return tokens_BLE
 
 
 def _initialise(module: nn.Module) -> None:

@@ -33,7 +33,7 @@ from nnunet_umit.trainers.requirements import read_plan, require_cases, require_
 
 
 class UMITBaseTrainer(LoadingTrainer):
-    """Not for ``-tr``: use ``UMITPretrainTrainer`` or ``UMITTrainer``."""
+    """Not for ``-tr``: use one of the trainers made of it."""
 
     def __init__(
         self,
@@ -116,12 +116,7 @@ class UMITBaseTrainer(LoadingTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
         """AdamW with one group for each layer, and a schedule that keeps their ratio."""
         config = self.config
-        groups = parameter_groups(
-            self.unwrapped(),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-        )
-        optimizer = adamw(groups, betas=config.betas)
+        optimizer = adamw(self.optimised_groups(), betas=config.betas)
         schedule = LearningRateSchedule(
             optimizer,
             total=config.epochs * config.iterations_per_epoch,
@@ -130,6 +125,11 @@ class UMITBaseTrainer(LoadingTrainer):
             minimum=config.minimum_learning_rate_fraction,
         )
         return optimizer, schedule
+
+    def optimised_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser, each with its ``base_lr``."""
+        config = self.config
+        return parameter_groups(self.unwrapped(), learning_rate=config.learning_rate, weight_decay=config.weight_decay)
 
     def plot_network_architecture(self) -> None:
         """Nothing: nnU-Net draws with a package that is no longer maintained and logs its failure."""

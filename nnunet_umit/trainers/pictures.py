@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 PAPER, INK, FAINT, HIDDEN = "#101418", "#e8ebee", "#8b95a1", "#26415e"
-COLUMNS = ("input", "masked input", "reconstruction")
+TOKENS = "tokens"  # the column that shows codes: categories without an order, not grey levels
+GOLDEN = 0.6180339887  # multiples of it, modulo 1, lie far apart: neighbouring codes get different colours
 PLANES = ("axis 0", "axis 1", "axis 2")
 CURVES = ("#58a6ff", "#ff9e64", "#7ee787", "#d2a8ff", "#f2cc60", "#ff7b72", "#56d4dd", "#b1bac4")
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One case: arrays of one channel, (D, H, W) or (H, W), and mm per voxel along each array axis; hidden voxels of
-    ``masked`` are NaN."""
+    """One case: named arrays of one channel and one shape, (D, H, W) or (H, W), the input first, and mm per voxel along
+    each array axis; voxels that are NaN are drawn as hidden, and an array named "tokens" in colours."""
 
     case: str
-    image: np.ndarray
-    masked: np.ndarray
-    reconstruction: np.ndarray
+    columns: Mapping[str, np.ndarray]
     spacing: Sequence[float]
+
+    @property
+    def image(self) -> np.ndarray:
+        """The input."""
+        return next(iter(self.columns.values()))
 
 
 def draw_reconstructions(samples: Sequence[Reconstruction], path: str | Path, title: str = "") -> None:
-    """Write a PNG: a row for each case and axis (central slice), columns for input, masked input and reconstruction.
+    """Write a PNG: a row for each case and axis (central slice), a column for each named array.
 
     Slices are drawn with the true aspect ratio of the voxels. Grey levels run from the 1st to the 99th percentile of
     the input slice and are the same in a row, so brightness can be compared.
@@ -53,28 +57,30 @@ def draw_reconstructions(samples: Sequence[Reconstruction], path: str | Path, ti
     width = 2.5  # inches of one column
     heights = [min(max(width * tall / wide, 0.5), 1.6 * width) for tall, wide in extents]
     top, left, gap = 0.85, 1.25, 0.12
-    size = left + 3 * (width + gap) + 0.15, top + sum(heights) + gap * len(rows) + 0.15
+    size = left + len(samples[0].columns) * (width + gap) + 0.15, top + sum(heights) + gap * len(rows) + 0.15
     figure = _figure(size)
     y = size[1] - top
     for row, ((sample, axis), (tall, wide), height) in enumerate(zip(rows, extents, heights, strict=True)):
         y -= height
         image = _central(sample.image, axis)
         low, high = _grey_range(image)
-        for column, volume in enumerate((sample.image, sample.masked, sample.reconstruction)):
+        for column, (name, volume) in enumerate(sample.columns.items()):
             box = (left + column * (width + gap)) / size[0], y / size[1], width / size[0], height / size[1]
             axes = figure.add_axes(box)
-            palette = matplotlib.colormaps["gray"].with_extremes(bad=HIDDEN)
+            shown, limits, palette = _central(volume, axis), (low, high), "gray"
+            if name == TOKENS:
+                shown, limits, palette = np.mod(shown * GOLDEN, 1.0), (0.0, 1.0), "gist_rainbow"
             axes.imshow(
-                np.ma.masked_invalid(_central(volume, axis)),
-                cmap=palette,
-                vmin=low,
-                vmax=high,
+                np.ma.masked_invalid(shown),
+                cmap=matplotlib.colormaps[palette].with_extremes(bad=HIDDEN),
+                vmin=limits[0],
+                vmax=limits[1],
                 extent=(0, wide, tall, 0),
                 interpolation="nearest",
             )
             axes.set_axis_off()
             if row == 0:
-                axes.set_title(COLUMNS[column], color=INK, fontsize=10, pad=6)
+                axes.set_title(name, color=INK, fontsize=10, pad=6)
         _label(figure, sample, axis, y + height / 2, size)
         y -= gap
     figure.text(0.12 / size[0], 1 - 0.28 / size[1], title, color=INK, fontsize=11, va="center")
@@ -128,6 +134,25 @@ def draw_progress(panels: Sequence[Panel], path: str | Path, title: str = "") ->
             axes.set_title(title, color=INK, fontsize=11, loc="left")
         if index == len(panels) - 1:
             axes.set_xlabel("epoch", color=INK, fontsize=9)
+    _write(figure, path)
+
+
+def draw_usage(usage: Sequence[float], path: str | Path, title: str = "") -> None:
+    """Write a PNG: the share of all tokens that each code of a codebook has, sorted, against an equal share."""
+    shares = 100 * np.sort(np.asarray(usage, dtype=float))[::-1]
+    figure = _figure((8.0, 3.4))
+    axes = figure.add_axes((0.09, 0.16, 0.88, 0.72))
+    axes.bar(np.arange(1, len(shares) + 1), shares, width=1.0, color=CURVES[0])
+    axes.axhline(100 / len(shares), color=CURVES[1], linewidth=1.2, linestyle="--", label="equal share")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    axes.set_xlim(0.5, len(shares) + 0.5)
+    axes.set_xlabel("codes, most used first", color=INK, fontsize=9)
+    axes.set_ylabel("share of tokens [%]", color=INK, fontsize=9)
+    axes.set_facecolor(PAPER)
+    axes.tick_params(colors=FAINT, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_color("#333b44")
+    axes.set_title(title, color=INK, fontsize=11, loc="left")
     _write(figure, path)
 
 

@@ -2,79 +2,64 @@
 
 from __future__ import annotations
 
-import math
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
-from batchgeneratorsv2.transforms.intensity.brightness import (
-    BrightnessAdditiveTransform,
-    MultiplicativeBrightnessTransform,
-)
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed, nn
+from torch import nn
 
 from nnunet_umit.architectures.mae import MaskedAutoencoder
-from nnunet_umit.architectures.native import SPACING_CHANNELS, thick_axis
 from nnunet_umit.architectures.transfer import save_encoder
 from nnunet_umit.config import PretrainConfig, get_umit_config
-from nnunet_umit.plans.corpus import Corpus
-from nnunet_umit.plans.native import crop_shape
-from nnunet_umit.spacing import Anisotropy
-from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
-from nnunet_umit.trainers.batches import derive_seed
-from nnunet_umit.trainers.corpus import CorpusDataset, corpus_table
-from nnunet_umit.trainers.patches import CaseTable, read_crop
-from nnunet_umit.trainers.pictures import Panel, Reconstruction, draw_reconstructions
-from nnunet_umit.trainers.summary import GroupLosses, describe_encoder, summarise, write_json
-from nnunet_umit.trainers.unlabelled import NoLabels, unlabelled
-
-CROPS_PER_CASE = 4  # random crops that the final masked loss of a case is the mean of
-MOST_SCORED = 500  # cases, evenly spaced, that the final masked loss is the mean of
-PICTURED_CASES = 2
-SCALE, SHIFT = (0.9, 1.1), 0.1  # light intensity augmentation, in units of the normalised image
+from nnunet_umit.trainers.pictures import Panel
+from nnunet_umit.trainers.selfsupervised import SelfSupervisedTrainer
+from nnunet_umit.trainers.summary import describe_encoder, summarise
 
 
-class UMITPretrainTrainer(UMITBaseTrainer):
-    """Masked autoencoder (SelfMedMAE, arXiv 2203.05573) under nnU-Net's commands.
-
-    Fold ``all`` learns from every case, an integer fold from its training cases only. Crops have the plan's patch size:
-    without rotation there is no reason to load more. Validation uses the same crops and masks in every epoch.
-    """
+class EncoderTrainer(SelfSupervisedTrainer):
+    """Not for ``-tr``. Pre-training that hides tokens and ends with an encoder."""
 
     section = "pretrain"
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which must be kept
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.oversample_foreground_percent:
-            raise ValueError(
-                f"umit.pretrain.oversample_foreground is {self.oversample_foreground_percent}, but pre-training reads "
-                "no label and cannot know where the foreground is; set it to 0 in the plans"
-            )
-        self.enable_deep_supervision = False
-        self.history = {"variance_explained": [], "group_losses": []}
-        self.group_losses = GroupLosses()
-        self.corpus = Corpus.read(self.preprocessed_dataset_folder)
-        if self.corpus is not None and fold != "all":
-            raise ValueError(f"fold {fold} of a corpus: the images of a case would fall apart; train fold 'all'")
+    card_method: str  # for the card of the encoder
 
     @property
     def config(self) -> PretrainConfig:
         """The ``pretrain`` section of the plan's umit block."""
         return self.umit.pretrain
 
-    # ----------------------------------------------------------------------------------------------- set-up
+    def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Masked loss; the masks depend on the seed, the number of the step and the position in the batch only.
+
+        Ranks whose images have more tokens count for more, so the gradient is that of one process with all images.
+        """
+        output = self.network(self.to_device(batch["data"]), self._generators("mask", batch, self.iteration()))
+        self.group_losses.add(batch["groups"], output.losses.tolist())
+        return output.loss * self.share(output.hidden.numel())
+
+    def evaluate(self, images: torch.Tensor, generators: Any) -> Any:
+        """A masked forward pass."""
+        return self.unwrapped()(images, generators)
+
+    def settings(self) -> dict[str, Any]:
+        """The share of hidden tokens."""
+        return {"mask_ratio": self.config.mask_ratio}
+
+    def finish(self, mean: dict[str, float], pooled: dict[str, float], cases: int) -> None:
+        """``encoder.safetensors`` and ``card.json``."""
+        if self.disable_checkpointing:
+            self.print_to_log_file("No encoder.safetensors written, checkpointing is disabled")
+        else:
+            card = describe_encoder(self, mean, cases)
+            save_encoder(cast(Any, self.unwrapped()).encoder, self.output_folder, card)
+
+
+class UMITPretrainTrainer(EncoderTrainer):
+    """Masked autoencoder (SelfMedMAE, arXiv 2203.05573) under nnU-Net's commands."""
+
+    method = "masked autoencoder"
+    card_method = "masked autoencoder (arXiv 2203.05573) on a spacing-adaptive transformer (arXiv 2312.07630)"
+    loss_name, score_name = "masked_loss", "variance_explained"
 
     @staticmethod
     def build_network_architecture(
@@ -95,114 +80,19 @@ class UMITPretrainTrainer(UMITBaseTrainer):
         """The network without wrappers."""
         return cast(MaskedAutoencoder, self.unwrapped())
 
-    def initialize(self) -> None:
-        """As for every UMIT trainer, with a dataset class that opens no label, or that stands for a whole corpus."""
-        folder = self.preprocessed_dataset_folder
-        if self.corpus is not None:  # nnU-Net looks what kind of files there are; the corpus itself holds none
-            self.preprocessed_dataset_folder = str(self.corpus.folder(0))
-        super().initialize()
-        self.preprocessed_dataset_folder = folder
-        self.dataset_class = unlabelled(self.dataset_class) if self.corpus is None else CorpusDataset
+    def figures(self, output: Any) -> dict[str, Any]:
+        """Masked loss and target power."""
+        return {"loss": float(output.loss), "power": float(output.target_power)}
 
-    def case_table(self, dataset: Any) -> CaseTable:
-        """Spacing and weight of every case."""
-        return super().case_table(dataset) if self.corpus is None else corpus_table(self.corpus)
-
-    def _do_i_compile(self) -> bool:
-        """Only on request (``nnUNet_compile=t``): compiling takes longer than it saves in short pre-trainings."""
-        wanted = os.environ.get("nnUNet_compile", "f").lower() in ("true", "1", "t")
-        return wanted and super()._do_i_compile()
-
-    def _build_loss(self) -> nn.Module:
-        """The network computes its own loss."""
-        return nn.Identity()
-
-    def _get_deep_supervision_scales(self) -> None:
-        return None
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Nothing to switch."""
-
-    def loader_labels(self) -> NoLabels:
-        """No label is known, so that none can steer where patches are cut."""
-        return NoLabels()
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[None, bool, Any, tuple[int, ...]]:
-        """No rotation, and so no larger patch to rotate in; all axes are mirrored."""
-        patch_size = self.configuration_manager.patch_size
-        self.inference_allowed_mirroring_axes = tuple(range(len(patch_size)))
-        return None, False, patch_size, self.inference_allowed_mirroring_axes
-
-    def training_transforms(
-        self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
-    ) -> ComposeTransforms:
-        """Mirroring of every axis (p 0.5), and a small change of scale and offset per channel."""
-        return ComposeTransforms(
-            [
-                MultiplicativeBrightnessTransform(SCALE, synchronize_channels=False),
-                BrightnessAdditiveTransform(0.0, SHIFT, synchronize_channels=False),
-                MirrorTransform(mirror_axes),
-            ]
-        )
-
-    def validation_transforms(self, scales: Any) -> None:
-        """None."""
-
-    # ------------------------------------------------------------------------------------------------ steps
-
-    def _generator(self, stream: str, *indices: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed_for(stream, *indices))
-
-    def _generators(self, stream: str, batch: dict[str, Any], *indices: int) -> list[torch.Generator]:
-        """One for each sample of a batch, by its position in the batch of all ranks."""
-        seeds = (derive_seed(self.seed, stream, *indices, position) for position in batch["positions"])
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Masked loss; the masks depend on the seed, the number of the step and the position in the batch only.
-
-        Ranks whose images have more tokens count for more, so the gradient is that of one process with all images.
-        """
-        masks = self._generators("mask", batch, self.iteration())
-        output = self.network(self.to_device(batch["data"]), masks)
-        self.group_losses.add(batch["groups"], output.losses.tolist())
-        return output.loss * self.share(output.hidden.numel())
-
-    def share(self, tokens: int) -> float:
-        """Tokens of this rank over the mean of all ranks; 1 in a single process."""
-        if not self.is_ddp:
-            return 1.0
-        total = torch.tensor(float(tokens), device=self.device)
-        distributed.all_reduce(total)
-        return tokens * distributed.get_world_size() / float(total)
-
-    def validation_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Masked loss and target power under masks that are the same in every epoch."""
-        with self.autocast():
-            output = self.network(
-                self.to_device(batch["data"]), self._generators("validation mask", batch, batch["index"])
-            )
-        result = {"loss": float(output.loss), "power": float(output.target_power)}
-        self.end_validation_step(batch, result["loss"])
-        return result
-
-    def on_validation_epoch_end(self, val_outputs: list[dict[str, float]]) -> None:
-        """Log masked loss and variance explained; nnU-Net's score keys carry the latter."""
-        self.progress.stop()
-        outputs = self.gather(val_outputs)
+    def summarise(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
+        """Masked loss and variance explained."""
         loss, explained = summarise(outputs)
-        self.logger.log("val_losses", loss, self.current_epoch)
-        score = explained if math.isfinite(explained) else 0.0  # one NaN would stay in the moving average for ever
-        self.logger.log("mean_fg_dice", score, self.current_epoch)
-        self.logger.log("dice_per_class_or_region", [score], self.current_epoch)
-        self.history["variance_explained"].append(explained)
-        self.history["group_losses"].append(self.group_losses.means(self.gather))
+        return {"masked_loss": loss, "variance_explained": explained}
 
     def describe_epoch(self) -> list[str]:
         """Masked loss and variance explained; the loss of every dataset and level where there are several."""
-        groups = self.history["group_losses"][-1]
         return [
-            *(f"masked loss, {name}: {loss:.4f} ({count} samples)" for name, (loss, count) in groups.items() if name),
+            *self.describe_groups("masked loss"),
             f"masked loss, training: {self.logged('train_losses')[-1]:.4f}",
             f"masked loss, validation: {self.logged('val_losses')[-1]:.4f}",
             f"variance explained, validation: {100 * self.history['variance_explained'][-1]:.1f} %",
@@ -218,116 +108,27 @@ class UMITPretrainTrainer(UMITBaseTrainer):
             *self.time_and_rate_panels(),
         ]
 
-    def draw(self) -> None:
-        """``progress.png`` after every epoch, ``reconstructions.png`` every few."""
-        super().draw()
-        if (self.current_epoch + 1) % self.config.picture_every == 0 or self.current_epoch + 1 == self.num_epochs:
-            self.draw_reconstructions()
+    def picture(
+        self, image: torch.Tensor, generator: torch.Generator
+    ) -> tuple[dict[str, torch.Tensor], Sequence[float]]:
+        """Input, masked input, reconstruction."""
+        masked, filled, output = self.autoencoder().reconstruct(image, generator)
+        columns = {"input": output.image, "masked input": masked, "reconstruction": filled}
+        return columns, output.spacings[0]
 
-    # ------------------------------------------------------------------------------------------- at the end
-
-    @torch.no_grad()
-    def draw_reconstructions(self) -> None:
-        """``reconstructions.png``: the centres of a few validation cases, always under the same masks."""
-        _, dataset = self.get_tr_and_val_datasets()
-        samples = []
-        self.network.eval()
-        pictured = dataset.identifiers[:: max(len(dataset.identifiers) // PICTURED_CASES, 1)][:PICTURED_CASES]
-        for index, case in enumerate(pictured):
-            image = self._crop(dataset, case, None)
-            with self.autocast():
-                masked, filled, output = self.autoencoder().reconstruct(
-                    self.to_device(image), self._generator("picture", index)
-                )
-            spacing = output.spacings[0]
-            shown, hidden, drawn = (tensor[0, 0].float().cpu().numpy() for tensor in (output.image, masked, filled))
-            if len(spacing) == 2:
-                shown, hidden, drawn = (array.reshape(array.shape[-2:]) for array in (shown, hidden, drawn))
-            samples.append(Reconstruction(case, shown, hidden, drawn, spacing))
-        title = f"{self.plans_manager.dataset_name}, {self.configuration_name}"
-        explained = self.history["variance_explained"]
+    def picture_title(self) -> str:
+        """With epoch and variance explained."""
+        title, explained = super().picture_title(), self.history.get("variance_explained")
         if explained:
             title += (
                 f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
                 f"{round(100 * explained[-1])} % of the variance explained"
             )
-        draw_reconstructions(samples, Path(self.output_folder) / "reconstructions.png", title)
+        return title
 
-    def _crop(self, dataset: Any, case: str, random: np.random.RandomState | None) -> torch.Tensor:
-        """A patch (1, C, *patch) from the centre of a case, or from a random place within it."""
-        data, _, _, _ = dataset.load_case(case)
-        patch = self._patch(data)
-        flat = len(patch) == 2
-        patch = [1, *patch] if flat else patch
-        lower = []
-        for size, wanted in zip(data.shape[1:], patch, strict=True):
-            slack = size - wanted
-            lower.append(slack // 2 if random is None or slack <= 0 else int(random.randint(0, slack + 1)))
-        image = read_crop(data, slice(None), lower, patch, 0).float()[None]
-        return image[:, :, 0] if flat else image
-
-    def _patch(self, data: Any) -> list[int]:
-        """Voxels to cut from a case, in its own axis order."""
-        patch = [int(size) for size in self.configuration_manager.patch_size]
-        if not self.native:
-            return patch
-        spacing = [float(value) for value in np.asarray(data[-SPACING_CHANNELS:, 0, 0, 0])]
-        planned = Anisotropy.from_spacing(self.configuration_manager.network_arch_init_kwargs["spacing"])
-        depth, *patch = crop_shape(patch, planned, spacing)
-        patch.insert(thick_axis(spacing), depth)
-        return patch
-
-    @torch.no_grad()
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Masked loss of every validation case, ``validation/summary.json``, the picture and the encoder's files."""
-        if not self.was_initialized:
-            self.initialize()
-        self.network.eval()
-        _, dataset = self.get_tr_and_val_datasets()
-        ranks = distributed.get_world_size() if self.is_ddp else 1
-        scored = dataset.identifiers[:: -(-len(dataset.identifiers) // MOST_SCORED)]
-        rows = [{"case": case, **self._score(dataset, case)} for case in scored[self.local_rank :: ranks]]
-        rows = sorted(self.gather(rows), key=lambda row: row["case"])
-        if self.local_rank == 0:
-            self._finish(rows)
-        if self.is_ddp:
-            distributed.barrier()
-
-    def _score(self, dataset: Any, case: str) -> dict[str, float]:
-        """Masked loss and variance explained of one case, from crops and masks that its name determines."""
-        seed = derive_seed(self.seed, f"case {case}")
-        random = np.random.RandomState(seed % 2**32)
-        images = torch.cat([self._crop(dataset, case, random) for _ in range(CROPS_PER_CASE)])
-        outputs = []
-        for first in range(0, CROPS_PER_CASE, self.batch_size):
-            with self.autocast():
-                output = self.autoencoder()(
-                    self.to_device(images[first : first + self.batch_size]),
-                    torch.Generator().manual_seed(derive_seed(seed, "mask", first)),
-                )
-            outputs.append({"loss": float(output.loss), "power": float(output.target_power)})
-        loss, explained = summarise(outputs)
-        return {"masked_loss": loss, "variance_explained": explained}
-
-    def _finish(self, rows: list[dict[str, Any]]) -> None:
-        mean = {name: finite_mean([row[name] for row in rows]) for name in ("masked_loss", "variance_explained")}
-        folder = Path(self.output_folder)
-        (folder / "validation").mkdir(exist_ok=True)
-        summary = {
-            "method": "masked autoencoder",
-            "mask_ratio": self.config.mask_ratio,
-            "crops_per_case": CROPS_PER_CASE,
-            "seed": self.seed,
-            "mean": mean,
-            "metric_per_case": rows,
-        }
-        write_json(folder / "validation" / "summary.json", summary)
-        self.draw_reconstructions()
-        if self.disable_checkpointing:
-            self.print_to_log_file("No encoder.safetensors written, checkpointing is disabled")
-        else:
-            save_encoder(self.autoencoder().encoder, folder, describe_encoder(self, mean, len(rows)))
-        self.print_to_log_file("Validation complete", also_print_to_console=True)
+    def finish(self, mean: dict[str, float], pooled: dict[str, float], cases: int) -> None:
+        """``encoder.safetensors``, ``card.json``, and a sentence."""
+        super().finish(mean, pooled, cases)
         self.print_to_log_file(
             f"Mean masked loss: {mean['masked_loss']:.4f}, variance explained: {100 * mean['variance_explained']:.1f} %"
         )

@@ -64,15 +64,15 @@ def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> di
     """The card: what a stranger must know about the weights of an encoder.
 
     Args:
-        trainer: the ``UMITPretrainTrainer`` that made them.
-        mean: final masked loss and variance explained.
+        trainer: the ``EncoderTrainer`` that made them.
+        mean: final figures.
         validated: number of cases that these are the mean of.
     """
     manager = trainer.configuration_manager
     training, _ = trainer.do_split()
     licence = trainer.dataset_json.get("licence", trainer.dataset_json.get("license"))
     return {
-        "method": "masked autoencoder (arXiv 2203.05573) on a spacing-adaptive transformer (arXiv 2312.07630)",
+        "method": trainer.card_method,
         "data": {
             "dataset": trainer.plans_manager.dataset_name,
             "configuration": trainer.configuration_name,

@@ -35,7 +35,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     plans = json.loads(path.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     configuration["architecture"]["arch_kwargs"].update(TINY)
-    for section in ("pretrain", "finetune"):
+    configuration["umit"]["tokenizer"].update(dim=32, codes=16)
+    for section in ("pretrain", "tokenizer", "finetune"):
         configuration["umit"][section].update(
             epochs=EPOCHS, iterations_per_epoch=ITERATIONS, val_iterations_per_epoch=2, drop_path=0.1
         )
@@ -141,3 +142,18 @@ def test_a_checkpoint_of_another_trainer_is_not_continued(workspace: Workspace, 
     (folder / "checkpoint_latest.pth").write_bytes((pretrained / "checkpoint_final.pth").read_bytes())
     output = workspace.train("UMITTrainer", "1", "--c", fails=True)
     assert "written by UMITPretrainTrainer and cannot be continued by UMITTrainer" in output
+
+
+def test_soft_tokens(workspace: Workspace) -> None:
+    """Tokenizer, then masked soft tokens with the tokenizer as -pretrained_weights."""
+    output = workspace.train("UMITTokenizerTrainer", "all")
+    assert re.search(r"over all 5 cases: perplexity \d+\.\d of 16", output)
+    source = workspace.fold("UMITTokenizerTrainer", "all") / "checkpoint_final.pth"
+    output = workspace.train("UMITSoftTokenPretrainTrainer", "all", "-pretrained_weights", str(source))
+    assert f"tokenizer: {source}" in output
+    folder = workspace.fold("UMITSoftTokenPretrainTrainer", "all")
+    stored = torch.load(folder / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    wanted = torch.load(source, weights_only=True)["network_weights"]
+    names = [name for name in wanted if name.startswith("tokenizer.")]
+    assert names and all(torch.equal(stored[name], wanted[name]) for name in names)
+    assert (folder / "encoder.safetensors").is_file()

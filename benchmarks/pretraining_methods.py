@@ -1,0 +1,195 @@
+"""Scratch, masked autoencoder, soft tokens: what does pre-training buy at equal pre-training time?
+
+Each method has ``--minutes`` (20) of wall time on all training images of grouped fold 0, without labels; soft tokens
+spend ``--tokenizer-share`` (0.4) of it on their tokenizer. Then UMITTrainer learns for ``--finetune-minutes`` (5):
+hippocampus and ACDC with ten labelled cases, hippocampus with all. One pre-training a method and data set, seed 1;
+fine-tunings with seeds 1 and 2. ``scratch+`` has the time of pre-training and fine-tuning together.
+
+Dice is that of nnU-Net's own validation on the fold's validation cases (at most 40).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import few_cases, read_fold
+from benchmarks.common import Results, budget, provenance, say, table, training_parser, work_folder, write_json
+from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, totals
+
+CLAIM = "what masked pre-training, of voxels or of soft tokens, adds to a short fine-tuning"
+FOLD, MINUTES, FINETUNE_MINUTES, VALIDATED = 0, 20.0, 5.0, 40
+PLANS = "UMITPlans"
+METHODS = ("mae", "soft_tokens")
+ARMS = ("scratch", *METHODS, "scratch+")
+TASKS: tuple[tuple[str, int], ...] = (
+    ("Dataset004_Hippocampus", 10),
+    ("Dataset027_ACDC", 10),
+    ("Dataset004_Hippocampus", 0),  # 0: all of the fold's
+)
+
+
+class Methods:
+    """The trainings of one invocation."""
+
+    def __init__(self, options: argparse.Namespace, results: Results, minutes: float, tuning: float) -> None:
+        self.options, self.results, self.minutes, self.tuning = options, results, minutes, tuning
+        self.planned: set[str] = set()
+        self.prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min+{tuning:.3g}min/"
+
+    def bench(self, dataset: str, seed: int, minutes: float) -> Bench:
+        settings = {"minutes": minutes, "quick": self.options.quick, "threads": self.options.threads}
+        settings |= {"share": self.options.tokenizer_share}
+        bench = Bench(
+            self.options, dataset=dataset, fold=FOLD, seed=seed, settings=settings, runs="pretraining_methods"
+        )
+        if dataset not in self.planned:
+            bench.plan(PLANS, [CONFIGURATION])
+            self.planned.add(dataset)
+        return bench
+
+    def split(self, bench: Bench, labelled: int, validated: int | None) -> dict[str, list[str]]:
+        """Put the cases of the next training in place."""
+        split = read_fold(bench.data, bench.dataset, FOLD)
+        chosen = few_cases(split, labelled or len(split["train"]), validated)
+        write_json(bench.base / "splits_final.json", [chosen])
+        return chosen
+
+    def left(self, key: str) -> bool:
+        return self.results.get(key) is None or self.options.again
+
+    def pretrain(self, dataset: str, method: str) -> str:
+        """Pre-train if that is not done; returns the key."""
+        key = f"{self.prefix}{dataset}/{method}"
+        if not self.left(key):
+            return key
+        say(f"{key} ...")
+        bench = self.bench(dataset, 1, self.minutes)
+        self.split(bench, 0, VALIDATED)
+        folder, started, seconds = bench.run_folder(key), time.perf_counter(), self.minutes * 60
+        stages, tokenizer = [], None
+        if method == "soft_tokens":
+            share = self.options.tokenizer_share
+            stages.append(
+                bench.stage(folder, "tokenizer", "UMITTokenizerTrainer", PLANS, share * seconds, validate=True)
+            )
+            tokenizer, seconds = stages[0]["checkpoint"], (1 - share) * seconds
+        trainer = "UMITPretrainTrainer" if method == "mae" else "UMITSoftTokenPretrainTrainer"
+        values = {} if tokenizer is None else {"pretrain.tokenizer": tokenizer}
+        stages.append(bench.stage(folder, "pretrain", trainer, PLANS, seconds, values=values, validate=True))
+        described = {"dataset": dataset, "method": method, "minutes": self.minutes, "cores": self.options.threads}
+        described |= {"figures": [stage["figures"] for stage in stages], **totals(stages)}
+        self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
+        return key
+
+    def finetune(self, dataset: str, labelled: int, seed: int, arm: str) -> None:
+        """Fine-tune if that is not done."""
+        key = f"{self.prefix}{dataset}/{labelled or 'all'}/seed{seed}/{arm}"
+        if not self.left(key):
+            return
+        weights = None
+        if arm in METHODS:
+            weights = self.checkpoint(dataset, arm)
+        say(f"{key} ...")
+        minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
+        bench = self.bench(dataset, seed, minutes)
+        chosen = self.split(bench, labelled, VALIDATED)
+        folder, started = bench.run_folder(key), time.perf_counter()
+        stage = bench.stage(
+            folder, "finetune", "UMITTrainer", PLANS, minutes * 60, validate=True, pretrained_weights=weights
+        )
+        described = {"dataset": dataset, "labelled": len(chosen["train"]), "seed": seed, "arm": arm, "minutes": minutes}
+        described |= {"cores": self.options.threads, **totals([stage])}
+        self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
+
+    def checkpoint(self, dataset: str, method: str) -> str:
+        """Final checkpoint of a pre-training."""
+        bench = self.bench(dataset, 1, self.minutes)
+        folder = bench.folder_of(self.pretrain(dataset, method))
+        trainer = "UMITPretrainTrainer" if method == "mae" else "UMITSoftTokenPretrainTrainer"
+        return str(bench.model(folder, trainer, PLANS) / f"fold_{FOLD}" / "checkpoint_final.pth")
+
+
+def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[float]]]:
+    """Dice of every seed, by task (``dataset/labelled``) and arm."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for key, run in sorted(runs.items()):
+        parts = key.removeprefix(prefix).split("/")
+        if key.startswith(prefix) and len(parts) == 4:
+            found.setdefault("/".join(parts[:2]), {}).setdefault(parts[3], []).append(run["dice"]["mean"])
+    return found
+
+
+def report(runs: Mapping[str, Any], prefix: str) -> str:
+    """Mean Dice and the seeds, by task and arm."""
+    rows = []
+    for task, arms in gathered(runs, prefix).items():
+        cells = []
+        for arm in ARMS:
+            dice = arms.get(arm, [])
+            spread = " / ".join(f"{each:.4f}" for each in dice)
+            cells.append(f"{statistics.fmean(dice):.4f} ({spread})" if dice else None)
+        rows.append([task, *cells])
+    return table(["data set / labelled cases", *ARMS], rows)
+
+
+def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
+    """Dice of every seed as a dot, the mean as a bar, a group of bars a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = gathered(runs, prefix)
+    if not tasks:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    colours = dict(zip(ARMS, ("#999999", "#0072B2", "#D55E00", "#555555"), strict=True))
+    for place, arms in enumerate(tasks.values()):
+        for index, arm in enumerate(ARMS):
+            dice, x = arms.get(arm, []), place + 0.2 * (index - 1.5)
+            if dice:
+                axes.bar(x, statistics.fmean(dice), 0.18, color=colours[arm], label=arm if place == 0 else None)
+                axes.plot([x] * len(dice), dice, "o", color="black", markersize=3)
+    axes.set_xticks(range(len(tasks)), [task.replace("/", "\n") + " labelled" for task in tasks])
+    axes.set_ylabel("mean Dice")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is not done yet, then print the table of all and draw the picture."""
+    options_parser = training_parser(__doc__, MINUTES)
+    add = options_parser.add_argument
+    add("--finetune-minutes", type=float, default=None, help=f"of each fine-tuning (default {FINETUNE_MINUTES:g})")
+    add("--tokenizer-share", type=float, default=0.4, help="share of the soft tokens' time that the tokenizer has")
+    add("--seed", type=int, action="append", help="fine-tune with this seed only (may be repeated; default: 1 and 2)")
+    add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: all)")
+    options = options_parser.parse_args(arguments)
+    minutes = budget(options.minutes, options.quick, MINUTES)
+    tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
+    results = Results("pretraining_methods", CLAIM, options.results)
+    methods = Methods(options, results, minutes, tuning)
+    with alone_in(work_folder(options.work)):
+        for dataset, labelled in TASKS[:1] if options.quick else TASKS:
+            for seed in options.seed or ([1] if options.quick else [1, 2]):
+                for arm in options.arm or ARMS:
+                    methods.finetune(dataset, labelled, seed, arm)
+    picture = results.path.with_name(results.path.stem + ("_quick" if options.quick else "") + ".png")
+    plot(results.runs, methods.prefix, picture)
+    say(report(results.runs, methods.prefix))
+    say(
+        f"{options.threads} cores; one pre-training a method and data set, {minutes:.3g} minutes, on the fold's images."
+    )
+    say(f"Results: {results.path.name} and {picture.name} in the results folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""``UMITSoftTokenPretrainTrainer``: masked modelling of a frozen tokenizer's soft tokens. No label is ever read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_umit.architectures.mim import SoftTokenModel, SoftTokenOutput
+from nnunet_umit.config import get_umit_config
+from nnunet_umit.trainers.base import finite_mean
+from nnunet_umit.trainers.pictures import Panel
+from nnunet_umit.trainers.pretrain import EncoderTrainer
+
+MEASURES = ("cross-entropy", "target entropy", "marginal cross-entropy", "accuracy")
+
+
+class UMITSoftTokenPretrainTrainer(EncoderTrainer):
+    """Masked soft-token modelling (PUMIT, arXiv 2312.07630) under nnU-Net's commands.
+
+    The tokenizer comes through ``-pretrained_weights TOKENIZER/checkpoint_final.pth``, or through
+    ``umit.pretrain.tokenizer`` in the plans (then ``-pretrained_weights`` may bring an encoder to go on from). It is
+    stored in the checkpoints, so ``--c`` needs nothing else.
+    """
+
+    method = "masked soft tokens"
+    card_method = "masked soft-token modelling on a spacing-adaptive transformer (arXiv 2312.07630)"
+    loss_name, score_name = "cross_entropy", "information_explained"
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """The encoder of the plan's segmentation network, a head, and the tokenizer of the ``tokenizer`` section."""
+        umit = get_umit_config(configuration_manager)
+        return SoftTokenModel.from_plan(
+            num_input_channels,
+            configuration_manager.network_arch_init_kwargs,
+            umit.pretrain,
+            umit.tokenizer,
+            configuration_manager.normalization_schemes,
+        )
+
+    def model(self) -> SoftTokenModel:
+        """The network without wrappers."""
+        return cast(SoftTokenModel, self.unwrapped())
+
+    def initialize(self) -> None:
+        """As for every training without labels, with the tokenizer that the plans name."""
+        super().initialize()
+        if self.config.tokenizer is not None and not self.continue_requested:
+            self.model().take_tokenizer(self.config.tokenizer)
+
+    def on_train_start(self) -> None:
+        """Refuse to begin without a tokenizer.
+
+        Raises:
+            RuntimeError: there is none; the message says how to give one.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        if not bool(self.model().ready):
+            raise RuntimeError(
+                "there is no tokenizer to predict the tokens of; train one with -tr UMITTokenizerTrainer and give its "
+                "checkpoint_final.pth as -pretrained_weights, or its path as umit.pretrain.tokenizer in the plans"
+            )
+        super().on_train_start()
+
+    def figures(self, output: SoftTokenOutput) -> dict[str, Any]:
+        """Cross-entropy, its bounds, and how often the most probable code is right."""
+        return {"loss": output.measures["cross-entropy"], **output.measures}
+
+    def summarise(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
+        """Means, and the share of what can be known of a token that is: 0 for one who only knows how often each code
+        occurs, 1 for the tokenizer itself."""
+        finite = [output for output in outputs if math.isfinite(output["loss"])]
+        loss, least, marginal, accuracy = (finite_mean([each[name] for each in finite]) for name in MEASURES)
+        explained = (marginal - loss) / (marginal - least) if marginal > least else 0.0 if finite else math.nan
+        return {
+            "cross_entropy": loss,
+            "kl_divergence": loss - least,
+            "information_explained": explained,
+            "accuracy": accuracy,
+        }
+
+    def describe_epoch(self) -> list[str]:
+        """Cross-entropy, divergence, information explained, accuracy."""
+        last = {name: values[-1] for name, values in self.history.items()}
+        return [
+            *self.describe_groups("cross-entropy"),
+            f"cross-entropy, training: {self.logged('train_losses')[-1]:.4f}",
+            f"cross-entropy, validation: {self.logged('val_losses')[-1]:.4f} (KL {last['kl_divergence']:.4f})",
+            f"information explained, validation: {100 * last['information_explained']:.1f} %, "
+            f"most probable code right: {100 * last['accuracy']:.1f} %",
+        ]
+
+    def panels(self) -> list[Panel]:
+        """Cross-entropy, information explained, accuracy, learning rate, time."""
+        losses = {"training": self.logged("train_losses"), "validation": self.logged("val_losses")}
+        shares = {
+            "information explained": [100 * value for value in self.history["information_explained"]],
+            "most probable code right": [100 * value for value in self.history["accuracy"]],
+        }
+        return [
+            Panel("cross-entropy [nat]", losses),
+            Panel("validation [%]", shares, level=0.0),
+            *self.time_and_rate_panels(),
+        ]
+
+    def picture(
+        self, image: torch.Tensor, generator: torch.Generator
+    ) -> tuple[dict[str, torch.Tensor], Sequence[float]]:
+        """Input, masked input, what the tokenizer keeps of it, and what is decoded from predicted tokens."""
+        shown, output = self.model().reconstruct(image, generator)
+        names = ("input", "masked input", "tokenizer", "predicted tokens")
+        return dict(zip(names, shown, strict=True)), output.view.spacings[0]
+
+    def picture_title(self) -> str:
+        """With epoch and information explained."""
+        title, explained = super().picture_title(), self.history.get("information_explained")
+        if explained:
+            title += (
+                f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
+                f"{round(100 * explained[-1])} % of the information explained"
+            )
+        return title
+
+    def finish(self, mean: dict[str, float], pooled: dict[str, float], cases: int) -> None:
+        """``encoder.safetensors``, ``card.json``, and a sentence."""
+        super().finish(mean, pooled, cases)
+        self.print_to_log_file(
+            f"Mean cross-entropy: {mean['cross_entropy']:.4f} (KL {mean['kl_divergence']:.4f}), information explained: "
+            f"{100 * mean['information_explained']:.1f} %"
+        )

@@ -1,0 +1,105 @@
+"""Tokenizer and soft-token pre-training in this process, down to a fine-tuning, and through kills."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training as tiny
+from tiny_training import GEOMETRIES, Killed, curves, equal, folder_of, kill_at, log_of, weights
+
+from nnunet_umit.trainers.checkpoint import read_checkpoint
+from nnunet_umit.trainers.finetune import UMITTrainer
+from nnunet_umit.trainers.soft_tokens import UMITSoftTokenPretrainTrainer
+from nnunet_umit.trainers.tokenizer import UMITTokenizerTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+def finished_tokenizer(plans: dict[str, Any]) -> Path:
+    trainer = tiny.make_trainer(UMITTokenizerTrainer, plans)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    return folder_of(trainer)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_tokenize_pretrain_finetune(prepare: Callable[..., dict], geometry: str) -> None:
+    plans = prepare(**GEOMETRIES[geometry])
+    folder = finished_tokenizer(plans)
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"checkpoint_final.pth", "progress.png", "reconstructions.png", "codebook.png"}
+    summary = json.loads((folder / "validation" / "summary.json").read_text())
+    assert summary["codes"] == 8 and 1 <= summary["pooled"]["perplexity"] <= 8.01
+    assert 0 < summary["pooled"]["codes_used"] <= 8 and 0 <= summary["pooled"]["entropy"] <= 2.08
+    assert summary["mean"]["psnr"] > 5
+
+    pretrainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)
+    pretrainer.initialize()
+    pretrainer.network.load_umit_pretrained(str(folder / "checkpoint_final.pth"))
+    pretrainer.run_training()
+    pretrainer.perform_actual_validation()
+    folder = folder_of(pretrainer)
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"checkpoint_final.pth", "encoder.safetensors", "card.json", "progress.png", "reconstructions.png"}
+    card = json.loads((folder / "card.json").read_text())
+    assert card["method"].startswith("masked soft-token modelling") and card["metrics"]["cross_entropy"] > 0
+
+    for source in ("checkpoint_final.pth", "encoder.safetensors"):
+        trainer = tiny.make_trainer(UMITTrainer, plans)
+        trainer.initialize()
+        assert trainer.network.load_umit_pretrained(str(folder / source)).fraction == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"quantiser": "gumbel", "discriminator": 0.01}])
+def test_a_killed_tokenizer_continues_exactly(prepare: Callable[..., dict], options: dict[str, Any]) -> None:
+    plans = prepare(tokenizer={"epochs": 3, **options})
+    whole = tiny.make_trainer(UMITTokenizerTrainer, plans)
+    whole.run_training()
+    expected = curves(whole), weights(whole), whole.history
+    killed = tiny.make_trainer(UMITTokenizerTrainer, plans)
+    kill_at(killed, 7)
+    with pytest.raises(Killed):
+        killed.run_training()
+    again = tiny.make_trainer(UMITTokenizerTrainer, plans, resume=True)
+    again.load_checkpoint(str(folder_of(again) / "checkpoint_latest.pth"))
+    again.run_training()
+    assert curves(again) == expected[0] and equal(weights(again), expected[1])
+    assert again.history["perplexity"] == expected[2]["perplexity"]
+
+
+def test_killed_soft_token_pretraining_needs_nothing_but_its_checkpoint(prepare: Callable[..., dict]) -> None:
+    plans = prepare(pretrain={"epochs": 3})
+    source = finished_tokenizer(plans) / "checkpoint_final.pth"
+    plans["configurations"]["3d_fullres"]["umit"]["pretrain"]["tokenizer"] = str(source)  # the other way to name it
+    whole = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)
+    whole.run_training()
+    expected = curves(whole), weights(whole)
+    killed = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)
+    kill_at(killed, 7)
+    with pytest.raises(Killed):
+        killed.run_training()
+    source.unlink()
+    again = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans, resume=True)
+    again.load_checkpoint(str(folder_of(again) / "checkpoint_latest.pth"))
+    again.run_training()
+    assert curves(again) == expected[0] and equal(weights(again), expected[1])
+    assert bool(read_checkpoint(folder_of(again) / "checkpoint_final.pth")["network_weights"]["ready"])
+
+
+def test_without_a_tokenizer_nothing_begins(prepare: Callable[..., dict]) -> None:
+    trainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, prepare())
+    with pytest.raises(RuntimeError, match=r"UMITTokenizerTrainer.*-pretrained_weights.*umit.pretrain.tokenizer"):
+        trainer.run_training()
+    assert not (folder_of(trainer) / "checkpoint_latest.pth").exists()
+
+
+def test_a_collapse_is_warned_of_with_what_to_change(prepare: Callable[..., dict]) -> None:
+    plans = prepare(tokenizer={"epochs": 1, "smallest_perplexity": 0.999})
+    trainer = tiny.make_trainer(UMITTokenizerTrainer, plans)
+    trainer.run_training()
+    log = log_of(trainer)
+    assert "WARNING: the codebook collapses" in log and "Raise umit.tokenizer.diversity" in log
