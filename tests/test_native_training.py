@@ -22,6 +22,8 @@ from nnunet_umit.trainers.finetune import UMITTrainer
 from nnunet_umit.trainers.native import native_shapes, prepare, read_table, rotation_for
 from nnunet_umit.trainers.patches import Augmentation, CaseTable, Jitter, NativeSamples, weights_of
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+from nnunet_umit.trainers.soft_tokens import UMITSoftTokenPretrainTrainer
+from nnunet_umit.trainers.tokenizer import UMITTokenizerTrainer
 from nnunet_umit.trainers.unlabelled import NoLabels, UnlabelledBlosc2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,7 +227,7 @@ def test_the_plan_is_made_for_the_lowest_level() -> None:
     assert planar.spacing == (1.0, 1.0) and planar.shape == (300, 200)
 
 
-@pytest.mark.parametrize("trainer_class", [UMITPretrainTrainer, UMITTrainer])
+@pytest.mark.parametrize("trainer_class", [UMITPretrainTrainer, UMITTokenizerTrainer, UMITTrainer])
 def test_native_training_continues_bit_for_bit(
     native: Callable[..., dict], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch, trainer_class: type
 ) -> None:
@@ -246,6 +248,26 @@ def test_native_training_continues_bit_for_bit(
     resumed.run_training()
     assert curves(resumed) == curves(unbroken) and equal(weights(resumed), weights(unbroken))
     assert resumed.history == unbroken.history
+
+
+def test_native_soft_tokens_cover_every_level(native: Callable[..., dict]) -> None:
+    plans = native()
+    tokenizer = tiny.make_trainer(UMITTokenizerTrainer, plans)
+    tokenizer.run_training()
+    tokenizer.perform_actual_validation()
+    plans["configurations"]["3d_native"]["umit"]["pretrain"]["tokenizer"] = str(
+        folder_of(tokenizer) / checkpoints.FINAL
+    )
+    pretrainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)
+    pretrainer.run_training()
+    pretrainer.perform_actual_validation()
+    for trainer in (tokenizer, pretrainer):
+        assert set(trainer.history["group_losses"][0]) <= {"level 0", "level 2"}
+        assert (folder_of(trainer) / "reconstructions.png").stat().st_size > 0
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.initialize()
+    weights_file = folder_of(pretrainer) / "encoder.safetensors"
+    assert trainer.network.load_umit_pretrained(str(weights_file)).fraction == 1.0
 
 
 def test_native_pretraining_serves_native_finetuning_and_prediction(native: Callable[..., dict]) -> None:
