@@ -41,6 +41,16 @@ class EncoderTrainer(SelfSupervisedTrainer):
         """A masked forward pass."""
         return self.unwrapped()(images, generators)
 
+    def picture_title(self) -> str:
+        """With epoch, hidden share and score."""
+        title, explained = super().picture_title(), self.history.get(self.score_name)
+        if explained:
+            title += (
+                f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
+                f"{round(100 * explained[-1])} % of the {self.score_name.removesuffix('_explained')} explained"
+            )
+        return title
+
     def settings(self) -> dict[str, Any]:
         """The share of hidden tokens."""
         return {"mask_ratio": self.config.mask_ratio}
@@ -115,16 +125,6 @@ class UMITPretrainTrainer(EncoderTrainer):
         masked, filled, output = self.autoencoder().reconstruct(image, generator)
         columns = {"input": output.image, "masked input": masked, "reconstruction": filled}
         return columns, output.spacings[0]
-
-    def picture_title(self) -> str:
-        """With epoch and variance explained."""
-        title, explained = super().picture_title(), self.history.get("variance_explained")
-        if explained:
-            title += (
-                f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
-                f"{round(100 * explained[-1])} % of the variance explained"
-            )
-        return title
 
     def finish(self, mean: dict[str, float], pooled: dict[str, float], cases: int) -> None:
         """``encoder.safetensors``, ``card.json``, and a sentence."""

@@ -123,16 +123,6 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
         names = ("input", "masked input", "tokenizer", "predicted tokens")
         return dict(zip(names, shown, strict=True)), output.view.spacings[0]
 
-    def picture_title(self) -> str:
-        """With epoch and information explained."""
-        title, explained = super().picture_title(), self.history.get("information_explained")
-        if explained:
-            title += (
-                f": epoch {len(explained)}, {100 * self.config.mask_ratio:.0f} % hidden, "
-                f"{round(100 * explained[-1])} % of the information explained"
-            )
-        return title
-
     def finish(self, mean: dict[str, float], pooled: dict[str, float], cases: int) -> None:
         """``encoder.safetensors``, ``card.json``, and a sentence."""
         super().finish(mean, pooled, cases)
