@@ -126,7 +126,7 @@ def test_weights_of_the_terms_count() -> None:
         output = training(**{"sharpness": 0.0, "diversity": 0.0, "usage_momentum": 0.0, **config})(image)
         outputs[name] = output
     plain = outputs["none"]
-    assert float(plain.pooled) == 0.0
+    assert float(plain.pooled.detach()) == 0.0
     torch.testing.assert_close(plain.local, plain.losses.mean())
     assert float(outputs["sharp"].local - plain.local) == pytest.approx(2 * plain.measures["entropy"], rel=1e-4)
     usage = plain.usage
