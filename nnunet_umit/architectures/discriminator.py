@@ -5,8 +5,6 @@ Shape legend: B batch, C channels, D H W voxels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,5 +52,5 @@ class PatchDiscriminator(nn.Module):
         """``-mean D(made)``, with the discriminator held still; zero while the gate is shut."""
         if float(self.gate.max()) > GATE:
             return made.new_zeros(())
-        still: Mapping[str, Tensor] = {name: value.detach() for name, value in self.named_parameters()}
-        return -functional_call(self, dict(still), (made, anisotropy)).mean()
+        still = {name: value.detach() for name, value in self.named_parameters()}
+        return -functional_call(self, still, (made, anisotropy)).mean()

@@ -174,15 +174,10 @@ class SoftTokenizer(nn.Module):
         return {
             "input channels": self.input_channels,
             "token size": self.token_size,
-            "dim": self.codebook_width,
+            "dim": self.quantiser.codebook.shape[1],
             "codes": self.quantiser.codes,
             "quantiser": self.quantiser.mode,
         }
-
-    @property
-    def codebook_width(self) -> int:
-        """E."""
-        return int(self.quantiser.codebook.shape[1])
 
 
 def load_tokenizer(tokenizer: SoftTokenizer, path: str | os.PathLike[str]) -> None:

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_umit.architectures.image_losses import structural_dissimilarity
+from nnunet_umit.architectures.quantiser import perplexity
 from nnunet_umit.architectures.tokenizer_training import TokenizerOutput, TokenizerTraining, as_volume
 from nnunet_umit.config import TokenizerConfig, get_umit_config
 from nnunet_umit.trainers.base import finite_mean
@@ -143,14 +144,13 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
         variance = finite_mean([output["variance"] for output in finite])
         error = finite_mean([output["squared error"] for output in finite])
         used = np.sum([output["chosen"] for output in finite], 0) > 0
-        positive = usage[usage > 0]
         return {
             "reconstruction_loss": finite_mean([output["loss"] for output in finite]),
             "variance_explained": 1 - error / variance if variance > 0 else 0.0,
             "psnr": finite_mean([value for output in finite for value in output["psnr"]]),
             "ssim": finite_mean([value for output in finite for value in output["ssim"]]),
             "entropy": finite_mean([output["entropy"] for output in finite]),
-            "perplexity": float(np.exp(-(positive * np.log(positive)).sum())),
+            "perplexity": float(perplexity(torch.from_numpy(usage))),
             "codes_used": float(used.sum()),
         }
 
