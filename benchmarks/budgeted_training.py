@@ -10,7 +10,8 @@ as it is, under its own name; a mix-in adds a clock and fits the schedule to it:
   remaining epochs share the remaining time equally. Schedules go by the epoch (stock trainers) or by the epoch and the
   fraction of it that is done (UMIT), so the learning rate reaches its end when the budget does, on a busy machine too.
 
-``probe`` jobs run a few steps to find the time of one step, and train nothing that is kept.
+``probe`` jobs run a few steps to find the time of one step, and train nothing that is kept. Weights may be kept on the
+way (``keep_at_s``), with the clock stopped, and validated after the training (``curve_cases``).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class BudgetMixin:
     step_s: float = 1.0
     overhead_s: float = 0.0
     final_validation_cases: int | None = None
+    keep_at_s: tuple[float, ...] = ()
 
     _started: float | None = None
     _cpu_started = 0.0
@@ -114,7 +116,7 @@ class BudgetMixin:
         self.disable_checkpointing = True
         self._draw_progress = self.logger.plot_progress_png
         self.logger.plot_progress_png = lambda folder: None
-        self.report: dict[str, Any] = {"epochs": [], "learning_rates": []}
+        self.report: dict[str, Any] = {"epochs": [], "learning_rates": [], "kept": []}
 
     def on_epoch_start(self) -> None:
         now = time.perf_counter()
@@ -150,6 +152,20 @@ class BudgetMixin:
         if self._started is not None:
             self.report["wall_s"] = now - self._started
             self.report["cpu_s"] = cpu_seconds() - self._cpu_started
+            self._keep(now, now - self._started)
+
+    def _keep(self, now: float, elapsed_s: float) -> None:
+        """Write a checkpoint if one is due; the clock stands meanwhile."""
+        waiting = tuple(at for at in self.keep_at_s if at > elapsed_s)
+        if len(waiting) == len(self.keep_at_s) or self._started is None:
+            return
+        self.keep_at_s = waiting
+        file = Path(self.output_folder) / f"checkpoint_after_{elapsed_s:.0f}s.pth"
+        self.disable_checkpointing = False
+        self.save_checkpoint(str(file))  # type: ignore[attr-defined]
+        self.disable_checkpointing = True
+        self.report["kept"].append({"wall_s": elapsed_s, "checkpoint": str(file)})
+        self._started += time.perf_counter() - now
 
     def on_train_end(self) -> None:
         self.disable_checkpointing = self.probe
@@ -186,8 +202,9 @@ def build_trainer(job: dict[str, Any]) -> Any:
         step_s=job["step_s"],
         overhead_s=job["overhead_s"],
         final_validation_cases=job["validation_cases"],
+        keep_at_s=tuple(job["keep_at_s"]),
     )
-    trainer = trainer_class(plans, job["configuration"], job["fold"], dataset, torch.device("cpu"))
+    trainer = trainer_class(plans, job["configuration"], job["fold"], dataset, torch.device(job["device"]))
     trainer.num_epochs = job["epochs"]
     trainer.num_val_iterations_per_epoch = 1
     if hasattr(trainer, "warmup_duration_whole_net"):  # stock: 50 of 1000 epochs
@@ -234,6 +251,19 @@ def load_trained(trainer: Any, checkpoint: str) -> None:
     trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
 
 
+def draw_curve(trainer: Any, report: dict[str, Any], cases: int) -> list[dict[str, Any]]:
+    """Dice without mirroring on the first validation cases, for the weights that were kept and the last ones."""
+    limit, trainer.final_validation_cases = trainer.final_validation_cases, cases
+    points = []
+    for each in [*report["kept"], {"wall_s": report["wall_s"], "checkpoint": report["checkpoint"]}]:
+        load_trained(trainer, each["checkpoint"])
+        trainer.inference_allowed_mirroring_axes = None
+        points.append({"wall_s": each["wall_s"], "dice": validate(trainer)["dice"]})
+    trainer.final_validation_cases = limit
+    load_trained(trainer, report["checkpoint"])
+    return points
+
+
 def validate(trainer: Any) -> dict[str, Any]:
     """Final validation: its time, and Dice, or the figures of a training without labels."""
     started = time.perf_counter()
@@ -277,7 +307,8 @@ def main() -> None:
         write_json(path, report)
     say(f"{job['trainer']}: {report['iterations']} iterations in {report['wall_s']:.1f} s of training wall time")
     if not report["finished"]:
-        write_json(path, report | validate(trainer))
+        curve = {"curve": draw_curve(trainer, report, job["curve_cases"])} if job["curve_cases"] else {}
+        write_json(path, report | curve | validate(trainer))
 
 
 if __name__ == "__main__":

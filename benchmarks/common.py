@@ -115,7 +115,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class Results:
-    """The runs of one benchmark, ``benchmarks/results/<name>.json``: ``{"benchmark", "claim", "runs": {key: run}}``.
+    """The runs of one benchmark, ``benchmarks/results/<name>.json``: benchmark, claim, command, and runs by key.
 
     Every ``put`` writes the file, so a benchmark that was killed goes on behind its last finished run.
     """
@@ -123,7 +123,8 @@ class Results:
     def __init__(self, name: str, claim: str, folder: str | Path | None = None) -> None:
         root = Path(folder or os.environ.get("UMIT_BENCH_RESULTS") or REPOSITORY / "benchmarks" / "results")
         self.path = root / f"{name}.json"
-        self.content: dict[str, Any] = {"benchmark": name, "claim": claim, "runs": {}}
+        command = f"python -m benchmarks.{name} --full"
+        self.content: dict[str, Any] = {"benchmark": name, "claim": claim, "command": command, "runs": {}}
         if self.path.is_file():
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if not isinstance(stored.get("runs"), dict):
@@ -195,9 +196,21 @@ def training_parser(description: str | None, minutes: float) -> argparse.Argumen
     add = options_parser.add_argument
     add("--minutes", type=float, default=None, help=f"training wall time of each run (default {minutes:g})")
     add("--replan", action="store_true", help="plan and preprocess with the UMIT planner again")
-    add("--work", default=None, help="scratch folder (default: $UMIT_BENCH_WORK or benchmarks/work)")
+    add_place(options_parser)
     options_parser.set_defaults(set=[], validation_cases=None)
     return options_parser
+
+
+def add_place(options_parser: argparse.ArgumentParser) -> None:
+    """Where a benchmark that trains or predicts works: scratch folder and device."""
+    add = options_parser.add_argument
+    add("--work", default=None, help="scratch folder (default: $UMIT_BENCH_WORK or benchmarks/work)")
+    add(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="cuda: with --results, or CPU figures are taken for done",
+    )
 
 
 def budget(minutes: float | None, quick: bool, full: float) -> float:

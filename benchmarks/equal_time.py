@@ -31,6 +31,7 @@ from benchmarks.common import (
 
 CONFIGURATION = "3d_fullres"
 STOCK_PLANS = "nnUNetPlans"
+PLANNERS = {STOCK_PLANS: "ExperimentPlanner", "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM"}
 PROBE_S = 30.0
 NOT_OF_A_RUN = ("arm", "results", "work", "again", "replan")  # options that do not change what a run gives
 
@@ -52,7 +53,8 @@ def edit_plans(
     """Write ``base/target.json``: the plans ``source`` under another name, with batch size and ``umit`` values changed.
 
     Args:
-        umit: ``{"finetune.learning_rate": 0.001, ...}``, keys below ``configurations.<configuration>.umit``.
+        umit: ``{"finetune.learning_rate": 0.001, ...}``, keys below ``configurations.<configuration>.umit``, or
+            ``{"architecture.depth": 6, ...}``, arguments of the network.
     """
     plans = json.loads((base / f"{source}.json").read_text(encoding="utf-8"))
     plans["plans_name"] = target
@@ -61,6 +63,9 @@ def edit_plans(
         chosen["batch_size"] = batch_size
     for key, value in (umit or {}).items():
         section, _, name = key.partition(".")
+        if section == "architecture" and name in chosen["architecture"]["arch_kwargs"]:
+            chosen["architecture"]["arch_kwargs"][name] = value
+            continue
         if not name or section not in chosen.get("umit", {}):
             raise ValueError(f"{key!r} is not a key below the umit block of {source}; use e.g. finetune.learning_rate")
         chosen["umit"][section][name] = value
@@ -174,8 +179,8 @@ class Bench:
 
     def plan(self, plans: str, configurations: list[str]) -> None:
         """Plan and preprocess, unless every case of every configuration is there."""
-        planner = "ExperimentPlanner" if plans == STOCK_PLANS else plans.replace("Plans", "Planner", 1)
-        again = self.options.replan and plans != STOCK_PLANS
+        planner = PLANNERS.get(plans) or plans.replace("Plans", "Planner", 1)
+        again = self.options.replan and plans not in PLANNERS
         if not again and all(self.is_preprocessed(plans, each) for each in configurations):
             return
         say(f"planning and preprocessing {self.dataset} with {planner} ...")
@@ -209,10 +214,13 @@ class Bench:
             "fold": self.fold,
             "seed": self.seed,
             "threads": self.options.threads,
+            "device": self.options.device,
             "probe": False,
             "validate": False,
             "validation_cases": 2 if self.options.quick else self.options.validation_cases,
             "pretrained_weights": None,
+            "keep_at_s": [],
+            "curve_cases": 0,
             "step_s": 1.0,
             "overhead_s": 0.0,
             "report": str(folder / f"{name}.report.json"),
@@ -229,6 +237,7 @@ class Bench:
         given = self.settings
         if given is None:
             given = {name: value for name, value in vars(self.options).items() if name not in NOT_OF_A_RUN}
+        given = {**given, "device": self.options.device}
         settings, stored = json.loads(json.dumps(given)), folder / "options.json"
         same = stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) == settings
         if self.options.again or self.options.replan or not same:
@@ -304,7 +313,8 @@ def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
 
     What only the machinery needs is left out of them: paths do not belong into results.
     """
-    kept = [{key: value for key, value in each.items() if key not in ("checkpoint", "finished")} for each in stages]
+    dropped = ("checkpoint", "kept", "finished")
+    kept = [{key: value for key, value in each.items() if key not in dropped} for each in stages]
     return {
         "iterations": sum(stage["iterations"] for stage in stages),
         "train_wall_s": sum(stage["wall_s"] for stage in stages),

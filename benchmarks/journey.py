@@ -2,11 +2,12 @@
 
     python -m benchmarks.journey --full [--dataset 4 --dataset 27 ...] [--work FOLDER]
 
-Planned and preprocessed are datasets 4, 27, 122, 123, 124 and 125; trained, with budgets of a few steps, are 4
+Planned and preprocessed are datasets 4, 27, 120, 122, 123, 124 and 125; trained, with budgets of a few steps, are 4
 (isotropic), 27 (anisotropic), 122 (two channels) and 124 (2D). For each of them: pre-training in one go; the same
 killed with SIGKILL in the middle and continued with ``--c`` (loss curves and weights must agree bit for bit);
 fine-tuning of fold 0 from it; ``--val --npz``; prediction; evaluation. For 4 also find_best_configuration against a
-nnU-Net of its own plans (a few steps), ensemble, and export and import. Whatever is done is not done again.
+nnU-Net of its own plans (a few steps), ensemble, and export and import. Then soft tokens on 4, 27 and 120 (2D):
+tokenizer, soft-token pre-training and fine-tuning, each also killed and continued. Whatever is done is not done again.
 
 Claim: every stock command of the journey works. Nothing here measures accuracy.
 """
@@ -29,8 +30,11 @@ from benchmarks.common import REPOSITORY, Results, data_root, parser, provenance
 from nnunet_umit.cli.stock import find_command
 
 CLAIM = "plan, pre-train, kill, continue, fine-tune, predict and evaluate work with stock commands on real data"
-PLANNED = (4, 27, 122, 123, 124, 125)
+PLANNED = (4, 27, 120, 122, 123, 124, 125)
 TRAINED = {4: "3d_fullres", 27: "3d_fullres", 122: "3d_fullres", 124: "2d"}
+SOFT_TOKENS = {4: "3d_fullres", 27: "3d_fullres", 120: "2d"}
+CONFIGURATIONS = TRAINED | SOFT_TOKENS
+VALIDATED = 8  # cases of fold 0: nothing here measures accuracy
 BUDGET = {"epochs": 3, "iterations_per_epoch": 4, "val_iterations_per_epoch": 1}
 SHORT_TRAINER = '''"""nnU-Net's own trainer, a few steps long."""
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -98,43 +102,55 @@ class Journey:
         return next(self.data.glob(f"Dataset{dataset:03d}_*"))
 
     def model(self, dataset: int, trainer: str, results: str = "results") -> Path:
-        name = f"{trainer}__UMITPlans__{TRAINED[dataset]}"
+        name = f"{trainer}__UMITPlans__{CONFIGURATIONS[dataset]}"
         return self.work / results / self.folder(dataset).name / name
 
     def plan(self) -> None:
-        """Plan and preprocess everything, copy the grouped splits, set small budgets."""
-        numbers = [str(number) for number in PLANNED]
-        self.run("plan", "nnUNetv2_plan_and_preprocess", "-d", *numbers, "-pl", "UMITPlanner", "-np", "2", "-npfp", "2")
-        for dataset in PLANNED:
-            name = self.folder(dataset).name
-            shutil.copy(self.data / "splits" / f"{name}.json", self.preprocessed / name / "splits_final.json")
-            file = self.preprocessed / name / "UMITPlans.json"
-            plans = json.loads(file.read_text(encoding="utf-8"))
+        """Plan and preprocess what is missing, put the grouped splits in place, set small budgets."""
+        bases = {dataset: self.preprocessed / self.folder(dataset).name for dataset in PLANNED}
+        missing = [str(dataset) for dataset, base in bases.items() if not (base / "UMITPlans.json").is_file()]
+        if missing:
+            key = "plan" if len(missing) == len(PLANNED) else f"plan {' '.join(missing)}"
+            planning = ["nnUNetv2_plan_and_preprocess", "-d", *missing, "-pl", "UMITPlanner"]
+            self.run(key, *planning, "-np", "2", "-npfp", "2")
+        for base in bases.values():
+            split = json.loads((self.data / "splits" / f"{base.name}.json").read_text(encoding="utf-8"))[0]
+            write_json(base / "splits_final.json", [{"train": split["train"], "val": sorted(split["val"])[:VALIDATED]}])
+            plans = json.loads((base / "UMITPlans.json").read_text(encoding="utf-8"))
             for configuration in plans["configurations"].values():
-                for section in ("pretrain", "finetune"):
-                    configuration["umit"][section].update(BUDGET)
-            write_json(file, plans)
+                for section in ("pretrain", "tokenizer", "finetune"):
+                    configuration["umit"].setdefault(section, {}).update(BUDGET)
+            write_json(base / "UMITPlans.json", plans)
 
-    def pretrain(self, dataset: int) -> None:
-        """One unbroken pre-training, and one that is killed in the middle and continued; both must be one curve."""
-        base = ["nnUNetv2_train", str(dataset), TRAINED[dataset], "all", "-device", "cpu"]
-        base += ["-tr", "UMITPretrainTrainer", "-p", "UMITPlans"]
-        self.run(f"{dataset}/pretrain", *base)
-        key = f"{dataset}/pretrain killed and continued"
+    def train(self, step: str, dataset: int, trainer: str, fold: str, weights: Path | None, results: str) -> Path:
+        """One unbroken training, and one that is killed in the middle and continued: both must give the same.
+
+        Args:
+            step: what the training is called in the results.
+            results: folder of the unbroken one.
+
+        Returns:
+            The final checkpoint of the unbroken training.
+        """
+        base = ["nnUNetv2_train", str(dataset), CONFIGURATIONS[dataset], fold, "-device", "cpu"]
+        base += ["-tr", trainer, "-p", "UMITPlans"]
+        start = base if weights is None else [*base, "-pretrained_weights", str(weights)]
+        self.run(f"{dataset}/{step}", *start, results=results)
+        final = self.model(dataset, trainer, results) / f"fold_{fold}" / "checkpoint_final.pth"
+        key = f"{dataset}/{step} killed and continued"
         if self.results.get(key) is not None:
-            return
-        began = time.monotonic()
-        fold = self.model(dataset, "UMITPretrainTrainer", "killed") / "fold_all"
-        shutil.rmtree(fold, ignore_errors=True)
-        epoch = self.kill(key, base, fold)
+            return final
+        began, killed = time.monotonic(), "killed" if results == "results" else f"{results}_killed"
+        folder = self.model(dataset, trainer, killed) / f"fold_{fold}"
+        shutil.rmtree(folder, ignore_errors=True)
+        epoch = self.kill(key, start, folder, killed)
         with self.log(key).open("a", encoding="utf-8") as file:
             done = subprocess.run(
-                self.words(*base, "--c"), env=self.environment("killed"), stdout=file, stderr=subprocess.STDOUT
+                self.words(*base, "--c"), env=self.environment(killed), stdout=file, stderr=subprocess.STDOUT
             )
         if done.returncode:
             raise RuntimeError(f"--c ended with {done.returncode}:\n{tail(self.log(key))}")
-        whole = load(self.model(dataset, "UMITPretrainTrainer") / "fold_all" / "checkpoint_final.pth")
-        broken = load(fold / "checkpoint_final.pth")
+        whole, broken = load(final), load(folder / "checkpoint_final.pth")
         for curve in ("train_losses", "val_losses"):
             if whole["logging"][curve] != broken["logging"][curve]:
                 raise RuntimeError(f"{curve} differ: {whole['logging'][curve]} and {broken['logging'][curve]}")
@@ -142,13 +158,14 @@ class Journey:
         if not same:
             raise RuntimeError("the loss curves agree, the weights do not")
         self.note(key, " ".join(base) + " --c", began, killed_in_epoch=epoch, losses=broken["logging"]["train_losses"])
+        return final
 
-    def kill(self, key: str, base: list[str], fold: Path) -> int:
-        """Start a pre-training and SIGKILL it some moments after its first epoch; returns the epoch it had reached."""
+    def kill(self, key: str, command: list[str], fold: Path, results: str) -> int:
+        """Start a training and SIGKILL it some moments after its first epoch; returns the epoch it had reached."""
         with self.log(key).open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
-                self.words(*base),
-                env=self.environment("killed"),
+                self.words(*command),
+                env=self.environment(results),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -161,6 +178,16 @@ class Journey:
         if (fold / "checkpoint_final.pth").exists():
             raise RuntimeError(f"{key}: the training ended before it could be killed; raise the budget")
         return read(self.log(key)).count("Epoch time")
+
+    def pretrain(self, dataset: int) -> None:
+        """Masked pre-training."""
+        self.train("pretrain", dataset, "UMITPretrainTrainer", "all", None, "results")
+
+    def soft_tokens(self, dataset: int) -> None:
+        """Tokenizer, pre-training on its tokens, and fine-tuning of fold 0 from that."""
+        tokenizer = self.train("tokenizer", dataset, "UMITTokenizerTrainer", "all", None, "soft")
+        encoder = self.train("soft tokens", dataset, "UMITSoftTokenPretrainTrainer", "all", tokenizer, "soft")
+        self.train("soft finetune", dataset, "UMITTrainer", "0", encoder, "soft")
 
     def finetune(self, dataset: int) -> None:
         """Fine-tune fold 0 from the pre-training, validate again with softmax files, predict two images, evaluate."""
@@ -251,16 +278,20 @@ def tail(log: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run what is not done yet, then print the table."""
     options_parser = parser(__doc__)
-    options_parser.add_argument("--dataset", type=int, action="append", choices=sorted(TRAINED), help="default: all")
-    options_parser.add_argument("--work", default=None, help="scratch folder")
+    add = options_parser.add_argument
+    add("--dataset", type=int, action="append", choices=sorted(CONFIGURATIONS), help="default: all")
+    add("--work", default=None, help="scratch folder")
     options = options_parser.parse_args(arguments)
     results = Results("journey", CLAIM, options.results)
     journey = Journey(work_folder(options.work) / "journey", results)
     journey.plan()
-    chosen = options.dataset or ([4] if options.quick else list(TRAINED))
+    chosen = options.dataset or ([4] if options.quick else sorted(CONFIGURATIONS))
     for dataset in chosen:
-        journey.pretrain(dataset)
-        journey.finetune(dataset)
+        if dataset in TRAINED:
+            journey.pretrain(dataset)
+            journey.finetune(dataset)
+        if dataset in SOFT_TOKENS:
+            journey.soft_tokens(dataset)
     if 4 in chosen:
         journey.compare()
     rows = [[key, f"{run['wall_s']:.0f}", run["command"][:90]] for key, run in results.runs.items()]

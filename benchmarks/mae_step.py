@@ -4,62 +4,43 @@ Equal: image, tokens, encoder width, depth and heads, weights of the MLP (MONAI 
 width and three), decoder width, depth and heads, mask ratio 0.75, batch 2, fp32, per-patch normalised mean squared
 error over hidden tokens, optimiser torch.optim.AdamW(lr 1.5e-4, betas (0.9, 0.95), weight decay 0.05, fused) over all
 parameters. A step is masking, forward, loss, backward, optimiser. Extra rows: ours with its own narrow decoder, with
-the patch stem and with the conv stem that the planner chooses.
+the patch stem and with the conv stem that the planner chooses. Peak memory: two steps in a process of their own.
 
-MONAI is measured, never used: it is no dependency. It needs nothing but torch and numpy here, so
+MONAI is measured, never used: it is no dependency. It is installed beside the benchmarks if it is missing.
 
-    pip install --no-deps --target benchmarks/work/monai "monai==1.6.1"
-    python -m benchmarks.mae_step --full
-
-Claim: our step costs at most 0.8 times the CPU seconds of MONAI's.
+Claim: our step costs at most 0.7 times the CPU seconds and 0.7 times the memory of MONAI's.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import REPOSITORY, Results, parser, prepare_torch, provenance, say, verdict
+from benchmarks import peers
+from benchmarks.common import Results, parser, prepare_torch, provenance, say, verdict
+from benchmarks.step_memory import peak_memory
 from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table, summarise
 
-CLAIM = "CPU seconds of an MAE step <= 0.8 x MONAI MaskedAutoEncoderViT at equal width, depth, tokens, mask ratio, fp32"
-BAR = 0.8
+CLAIM = "an MAE step takes <= 0.7 x CPU seconds and <= 0.7 x memory of MONAI's MaskedAutoEncoderViT of equal size, fp32"
+BAR = 0.7
 TOKEN = 8
-IMAGES = {512: (64, 64, 64), 1400: (80, 112, 80)}
+IMAGES = {175: (40, 56, 40), 512: (64, 64, 64), 1400: (80, 112, 80), 4096: (128, 128, 128)}
 ENCODER = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 DECODER = {"decoder_dim": 384, "decoder_depth": 4, "decoder_heads": 12}  # MONAI's defaults
 NARROW = {"decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4}  # ours
 MASK_RATIO = 0.75
+BATCHES = {4096: 1}  # MONAI's attention keeps every head's matrix
 BATCH = 2
 OPTIMISER: dict[str, Any] = {"lr": 1.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "fused": True}
 REFERENCE, OURS = "MONAI", "UMIT, equal size"
-
-
-def import_monai(folder: str | None) -> Any:
-    """MONAI's class, from ``--monai``, ``$UMIT_MONAI``, ``benchmarks/work/monai`` or the environment.
-
-    Raises:
-        ModuleNotFoundError: says how to install it.
-    """
-    place = Path(folder or os.environ.get("UMIT_MONAI") or REPOSITORY / "benchmarks" / "work" / "monai")
-    sys.path.append(str(place.resolve()))  # behind the environment: only monai itself comes from there
-    try:
-        return importlib.import_module("monai.networks.nets.masked_autoencoder_vit").MaskedAutoEncoderViT
-    except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] != "monai":
-            raise
-        raise ModuleNotFoundError(
-            "MONAI is not installed (it is only measured, no dependency): "
-            'pip install --no-deps --target benchmarks/work/monai "monai==1.6.1"',
-            name="monai",
-        ) from error
+UMIT_ARMS = {  # stem and decoder
+    OURS: ("patch", DECODER),
+    "UMIT, narrow decoder": ("patch", NARROW),
+    "UMIT, narrow decoder, conv stem": ("conv", NARROW),
+}
 
 
 def patchify(image: Tensor) -> Tensor:
@@ -80,27 +61,6 @@ def monai_loss(output: tuple[Tensor, Tensor], image: Tensor) -> Tensor:
     target = patchify(image)[hidden]
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
     return nn.functional.mse_loss(prediction[hidden], target)
-
-
-def build_monai(
-    monai_class: Any, image_size: tuple[int, ...], encoder: dict[str, int], decoder: dict[str, int]
-) -> nn.Module:
-    """MONAI's network with the sizes above."""
-    return monai_class(
-        in_channels=1,
-        img_size=image_size,
-        patch_size=TOKEN,
-        hidden_size=encoder["embed_dim"],
-        mlp_dim=4 * encoder["embed_dim"],
-        num_layers=encoder["depth"],
-        num_heads=encoder["num_heads"],
-        masking_ratio=MASK_RATIO,
-        decoder_hidden_size=decoder["decoder_dim"],
-        decoder_mlp_dim=4 * decoder["decoder_dim"],
-        decoder_num_layers=decoder["decoder_depth"],
-        decoder_num_heads=decoder["decoder_heads"],
-        qkv_bias=True,
-    )
 
 
 def build_ours(stem: str, encoder: dict[str, int], decoder: dict[str, int]) -> nn.Module:
@@ -126,24 +86,30 @@ def make_step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], No
     return step
 
 
-def measure(monai_class: Any, image_size: tuple[int, ...], repeats: int, warmup: int, kept: bool) -> dict[str, Any]:
-    """All arms on images of one size; ``kept`` is only noted."""
+def build(arm: str, image_size: tuple[int, ...], batch: int) -> tuple[nn.Module, Callable[[], None]]:
+    """The network of an arm, and its training step on a fixed random image."""
     torch.manual_seed(0)
-    image = torch.randn(BATCH, 1, *image_size)
-    networks = {
-        REFERENCE: build_monai(monai_class, image_size, ENCODER, DECODER),
-        OURS: build_ours("patch", ENCODER, DECODER),
-        "UMIT, narrow decoder": build_ours("patch", ENCODER, NARROW),
-        "UMIT, narrow decoder, conv stem": build_ours("conv", ENCODER, NARROW),
-    }
+    image = torch.randn(batch, 1, *image_size)
+    if arm == REFERENCE:
+        network = peers.monai_mae(image_size, TOKEN, MASK_RATIO, ENCODER, DECODER)
+        return network, make_step(network, lambda: monai_loss(network(image), image))
+    stem, decoder = UMIT_ARMS[arm]
+    ours = build_ours(stem, ENCODER, decoder)
+    return ours, make_step(ours, lambda: ours(image).loss)
 
-    def arm(name: str, network: nn.Module) -> Callable[[], None]:
-        if name == REFERENCE:
-            return make_step(network, lambda: monai_loss(network(image), image))
-        return make_step(network, lambda: network(image).loss)
 
-    steps = {name: arm(name, network) for name, network in networks.items()}
-    samples = interleaved(steps, repeats, warmup, repeat_line(repeats))
+def step_of(arm: str, image_size: tuple[int, ...], batch: int) -> Callable[[], None]:
+    """The step alone, for a process that measures memory."""
+    return build(arm, image_size, batch)[1]
+
+
+def measure(image_size: tuple[int, ...], batch: int, repeats: int, warmup: int, kept: bool) -> dict[str, Any]:
+    """All arms on images of one size; ``kept`` is only noted."""
+    threads, arms = torch.get_num_threads(), (REFERENCE, *UMIT_ARMS)
+    memory = {arm: peak_memory("benchmarks.mae_step:step_of", arm, image_size, batch, threads=threads) for arm in arms}
+    built = {arm: build(arm, image_size, batch) for arm in arms}
+    networks = {arm: network for arm, (network, _) in built.items()}
+    samples = interleaved({arm: step for arm, (_, step) in built.items()}, repeats, warmup, repeat_line(repeats))
     return {
         "image_size": list(image_size),
         "tokens": image_size[0] * image_size[1] * image_size[2] // TOKEN**3,
@@ -151,14 +117,15 @@ def measure(monai_class: Any, image_size: tuple[int, ...], repeats: int, warmup:
         "decoder": DECODER,
         "narrow_decoder": NARROW,
         "mask_ratio": MASK_RATIO,
-        "batch_size": BATCH,
-        "threads": torch.get_num_threads(),
+        "batch_size": batch,
+        "threads": threads,
         "keeps_freed_memory": kept,
         "optimiser": {"class": "torch.optim.AdamW", **OPTIMISER},
         "arms": {
             name: summarise(samples[name])
             | {
                 "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "peak_memory_bytes": memory[name],
                 "ratio": paired_ratio(samples[name], samples[REFERENCE]),
             }
             for name, network in networks.items()
@@ -169,32 +136,35 @@ def measure(monai_class: Any, image_size: tuple[int, ...], repeats: int, warmup:
 
 def report(run: dict[str, Any]) -> str:
     """Table of one measurement and whether the claim holds."""
-    size = " x ".join(map(str, run["image_size"]))
-    found = run["arms"][OURS]["ratio"]["cpu"]["median"]
-    return (
+    size, arms = " x ".join(map(str, run["image_size"])), run["arms"]
+    lines = [
         f"{run['tokens']} tokens ({size}), batch {run['batch_size']}, {run['threads']} threads, "
-        f"{run['arms'][OURS]['repeats']} paired repeats\n{step_table(run['arms'], REFERENCE)}\n"
-        f"UMIT / MONAI at equal size = {verdict(found, BAR)}"
-    )
+        f"{arms[OURS]['repeats']} paired repeats",
+        step_table(arms, REFERENCE),
+        f"UMIT / MONAI at equal size, CPU seconds = {verdict(arms[OURS]['ratio']['cpu']['median'], BAR)}",
+    ]
+    own, theirs = (arms[arm].get("peak_memory_bytes") for arm in (OURS, REFERENCE))
+    if own and theirs:
+        lines.append(f"UMIT / MONAI at equal size, peak memory = {verdict(own / theirs, BAR)}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure the image sizes that are not done yet and print their tables."""
     options_parser = parser(__doc__)
-    options_parser.epilog = 'MONAI: pip install --no-deps --target benchmarks/work/monai "monai==1.6.1"'
-    options_parser.add_argument("--monai", default=None, help="folder that MONAI was installed into (or $UMIT_MONAI)")
-    options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3 and 1, full 15)")
+    options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3, full 15)")
+    options_parser.add_argument("--tokens", type=int, action="append", choices=list(IMAGES), help="default: all")
     options = options_parser.parse_args(arguments)
     kept = prepare_torch(options)
     results = Results("mae_step", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
-    for tokens, image_size in IMAGES.items():
+    for tokens in options.tokens or ([175, 512] if options.quick else list(IMAGES)):
         key = f"{mode}/tokens{tokens}/threads{options.threads}" + ("/kept" if kept else "")
         if results.get(key) is None or options.again:
-            monai_class = import_monai(options.monai)
             say(f"{key} ...")
-            repeats = options.repeats or ((3 if tokens == 512 else 1) if options.quick else 15)
-            results.put(key, measure(monai_class, image_size, repeats, 1 if options.quick else 2, kept))
+            repeats = options.repeats or (3 if options.quick else 15)
+            batch = BATCHES.get(tokens, BATCH)
+            results.put(key, measure(IMAGES[tokens], batch, repeats, 1 if options.quick else 2, kept))
         say(report(results.get(key)))
 
 

@@ -12,9 +12,6 @@ each.
 from __future__ import annotations
 
 import argparse
-import resource
-import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any
 from benchmarks.cases import few_cases, link_images, read_fold
 from benchmarks.common import Results, budget, provenance, say, table, training_parser, verdict, work_folder
 from benchmarks.equal_time import Bench, alone_in, plans_copy, totals
+from benchmarks.prediction import arguments_of, timed_command
 from benchmarks.timing import Sample, paired_ratio, summarise
 
 CLAIM = "3d_native is not worse than 3d_fullres by more than 0.5 Dice points after equal training, and predicts faster"
@@ -35,28 +33,12 @@ MINUTES, REPEATS, CASES = 15.0, 3, 12
 WORKERS = 1  # processes for preprocessing, and as many for export
 
 
-def child_cpu_s() -> float:
-    """CPU seconds of all ended sub-processes and of what they waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def predict(bench: Bench, folder: Path, images: Path) -> Sample:
     """Run stock prediction with the model of a run folder; returns its wall and CPU seconds."""
     bench.model(folder, TRAINER, PLANS)  # fails where it is gone
-    output = folder / "predicted"
-    shutil.rmtree(output, ignore_errors=True)
-    command = [str(Path(sys.executable).parent / "nnUNetv2_predict"), "-d", str(int(ACDC[7:10]))]
-    command += ["-c", bench.configuration, "-f", str(FOLD), "-tr", TRAINER, "-p", plans_copy(PLANS, folder)]
-    command += ["-i", str(images), "-o", str(output), "-device", "cpu", "--disable_tta", "--disable_progress_bar"]
-    command += ["-npp", str(WORKERS), "-nps", str(WORKERS)]
-    cpu, wall = child_cpu_s(), time.perf_counter()
-    bench.call(command, folder)
-    sample = Sample(wall=time.perf_counter() - wall, cpu=child_cpu_s() - cpu)
-    found, expected = len(list(output.glob("*.nii.gz"))), len(list(images.iterdir()))
-    if found != expected:
-        raise RuntimeError(f"nnUNetv2_predict wrote {found} of {expected} files to {output}; see {folder}/log.txt")
-    return sample
+    plans, output = plans_copy(PLANS, folder), folder / "predicted"
+    words = arguments_of(bench, TRAINER, plans, images, output, WORKERS)
+    return timed_command(bench, ["nnUNetv2_predict"], words, folder)
 
 
 def dice_difference(runs: Mapping[str, Any], prefix: str) -> float | None:

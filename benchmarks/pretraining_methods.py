@@ -17,14 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import few_cases, read_fold
-from benchmarks.common import Results, budget, provenance, say, table, training_parser, work_folder, write_json
-from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, totals
+from benchmarks.common import Results, budget, provenance, say, table, training_parser, work_folder
+from benchmarks.equal_time import alone_in, totals
+from benchmarks.few_labels import FOLD, PLANS, FewLabels, mean_and_seeds
 
 CLAIM = "what masked pre-training, of voxels or of soft tokens, adds to a short fine-tuning"
-FOLD, MINUTES, FINETUNE_MINUTES, VALIDATED = 0, 20.0, 5.0, 40
-PLANS = "UMITPlans"
-METHODS = ("mae", "soft_tokens")
+MINUTES, FINETUNE_MINUTES = 20.0, 5.0
+METHODS = {"mae": "UMITPretrainTrainer", "soft_tokens": "UMITSoftTokenPretrainTrainer"}
 ARMS = ("scratch", *METHODS, "scratch+")
 TASKS: tuple[tuple[str, int], ...] = (
     ("Dataset004_Hippocampus", 10),
@@ -33,34 +32,13 @@ TASKS: tuple[tuple[str, int], ...] = (
 )
 
 
-class Methods:
+class Methods(FewLabels):
     """The trainings of one invocation."""
 
     def __init__(self, options: argparse.Namespace, results: Results, minutes: float, tuning: float) -> None:
-        self.options, self.results, self.minutes, self.tuning = options, results, minutes, tuning
-        self.planned: set[str] = set()
-        self.prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min+{tuning:.3g}min/"
-
-    def bench(self, dataset: str, seed: int, minutes: float) -> Bench:
-        settings = {"minutes": minutes, "quick": self.options.quick, "threads": self.options.threads}
-        settings |= {"share": self.options.tokenizer_share}
-        bench = Bench(
-            self.options, dataset=dataset, fold=FOLD, seed=seed, settings=settings, runs="pretraining_methods"
-        )
-        if dataset not in self.planned:
-            bench.plan(PLANS, [CONFIGURATION])
-            self.planned.add(dataset)
-        return bench
-
-    def split(self, bench: Bench, labelled: int, validated: int | None) -> dict[str, list[str]]:
-        """Put the cases of the next training in place."""
-        split = read_fold(bench.data, bench.dataset, FOLD)
-        chosen = few_cases(split, labelled or len(split["train"]), validated)
-        write_json(bench.base / "splits_final.json", [chosen])
-        return chosen
-
-    def left(self, key: str) -> bool:
-        return self.results.get(key) is None or self.options.again
+        prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min+{tuning:.3g}min/"
+        super().__init__(options, results, "pretraining_methods", prefix, {"share": options.tokenizer_share})
+        self.minutes, self.tuning = minutes, tuning
 
     def pretrain(self, dataset: str, method: str) -> str:
         """Pre-train if that is not done; returns the key."""
@@ -69,49 +47,34 @@ class Methods:
             return key
         say(f"{key} ...")
         bench = self.bench(dataset, 1, self.minutes)
-        self.split(bench, 0, VALIDATED)
+        self.split(bench, 0)
         folder, started, seconds = bench.run_folder(key), time.perf_counter(), self.minutes * 60
-        stages, tokenizer = [], None
+        stages, values = [], {}
         if method == "soft_tokens":
             share = self.options.tokenizer_share
             stages.append(
                 bench.stage(folder, "tokenizer", "UMITTokenizerTrainer", PLANS, share * seconds, validate=True)
             )
-            tokenizer, seconds = stages[0]["checkpoint"], (1 - share) * seconds
-        trainer = "UMITPretrainTrainer" if method == "mae" else "UMITSoftTokenPretrainTrainer"
-        values = {} if tokenizer is None else {"pretrain.tokenizer": tokenizer}
-        stages.append(bench.stage(folder, "pretrain", trainer, PLANS, seconds, values=values, validate=True))
+            values, seconds = {"pretrain.tokenizer": stages[0]["checkpoint"]}, (1 - share) * seconds
+        stages.append(bench.stage(folder, "pretrain", METHODS[method], PLANS, seconds, values=values, validate=True))
         described = {"dataset": dataset, "method": method, "minutes": self.minutes, "cores": self.options.threads}
         described |= {"figures": [stage["figures"] for stage in stages], **totals(stages)}
         self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
         return key
 
-    def finetune(self, dataset: str, labelled: int, seed: int, arm: str) -> None:
-        """Fine-tune if that is not done."""
+    def compare(self, dataset: str, labelled: int, seed: int, arm: str) -> None:
+        """Fine-tune one arm if that is not done, after its pre-training."""
         key = f"{self.prefix}{dataset}/{labelled or 'all'}/seed{seed}/{arm}"
-        if not self.left(key):
-            return
-        weights = None
-        if arm in METHODS:
-            weights = self.checkpoint(dataset, arm)
-        say(f"{key} ...")
-        minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
-        bench = self.bench(dataset, seed, minutes)
-        chosen = self.split(bench, labelled, VALIDATED)
-        folder, started = bench.run_folder(key), time.perf_counter()
-        stage = bench.stage(
-            folder, "finetune", "UMITTrainer", PLANS, minutes * 60, validate=True, pretrained_weights=weights
-        )
-        described = {"dataset": dataset, "labelled": len(chosen["train"]), "seed": seed, "arm": arm, "minutes": minutes}
-        described |= {"cores": self.options.threads, **totals([stage])}
-        self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
+        if self.left(key):
+            weights = self.checkpoint(dataset, arm) if arm in METHODS else None
+            minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
+            self.finetune(key, dataset, labelled, seed, minutes, weights, arm=arm)
 
     def checkpoint(self, dataset: str, method: str) -> str:
         """Final checkpoint of a pre-training."""
         bench = self.bench(dataset, 1, self.minutes)
         folder = bench.folder_of(self.pretrain(dataset, method))
-        trainer = "UMITPretrainTrainer" if method == "mae" else "UMITSoftTokenPretrainTrainer"
-        return str(bench.model(folder, trainer, PLANS) / f"fold_{FOLD}" / "checkpoint_final.pth")
+        return str(bench.model(folder, METHODS[method], PLANS) / f"fold_{FOLD}" / "checkpoint_final.pth")
 
 
 def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[float]]]:
@@ -128,12 +91,7 @@ def report(runs: Mapping[str, Any], prefix: str) -> str:
     """Mean Dice and the seeds, by task and arm."""
     rows = []
     for task, arms in gathered(runs, prefix).items():
-        cells = []
-        for arm in ARMS:
-            dice = arms.get(arm, [])
-            spread = " / ".join(f"{each:.4f}" for each in dice)
-            cells.append(f"{statistics.fmean(dice):.4f} ({spread})" if dice else None)
-        rows.append([task, *cells])
+        rows.append([task, *(mean_and_seeds(arms.get(arm, [])) for arm in ARMS)])
     return table(["data set / labelled cases", *ARMS], rows)
 
 
@@ -181,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         for dataset, labelled in TASKS[:1] if options.quick else TASKS:
             for seed in options.seed or ([1] if options.quick else [1, 2]):
                 for arm in options.arm or ARMS:
-                    methods.finetune(dataset, labelled, seed, arm)
+                    methods.compare(dataset, labelled, seed, arm)
     picture = results.path.with_name(results.path.stem + ("_quick" if options.quick else "") + ".png")
     plot(results.runs, methods.prefix, picture)
     say(report(results.runs, methods.prefix))

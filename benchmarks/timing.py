@@ -104,7 +104,8 @@ def paired_ratio(numerator: Sequence[Sample], denominator: Sequence[Sample]) -> 
 
 
 def step_table(arms: Mapping[str, Mapping[str, Any]], reference: str) -> str:
-    """Table of timed steps; each arm holds :func:`summarise`, ``parameters`` and ``ratio`` (to ``reference``)."""
+    """Table of timed steps; each arm holds :func:`summarise`, ``parameters``, ``ratio`` (to ``reference``) and, where
+    it was measured, ``peak_memory_bytes``."""
 
     def middle(figures: Mapping[str, float]) -> str:
         return f"{figures['median']:.3f} ({figures['q1']:.3f}-{figures['q3']:.3f})"
@@ -112,9 +113,12 @@ def step_table(arms: Mapping[str, Mapping[str, Any]], reference: str) -> str:
     rows = []
     for name, arm in arms.items():
         figures = (arm["cpu_s"], arm["wall_s"], arm["ratio"]["cpu"], arm["ratio"]["wall"])
-        rows.append([name, f"{arm['parameters'] / 1e6:.1f}", *map(middle, figures)])
+        memory = arm.get("peak_memory_bytes")
+        peak = f"{memory / 1e9:.2f}" if memory else None
+        rows.append([name, f"{arm['parameters'] / 1e6:.1f}", *map(middle, figures), peak])
     seconds = ["CPU s: median (quartiles)", "wall s"]
-    return table(["network", "M parameters", *seconds, f"CPU / {reference}", f"wall / {reference}"], rows)
+    heads = ["network", "M parameters", *seconds, f"CPU / {reference}", f"wall / {reference}", "peak GB"]
+    return table(heads, rows)
 
 
 def repeat_line(repeats: int) -> Callable[[int, dict[str, Sample]], None]:

@@ -80,6 +80,16 @@ def verdicts(runs: Mapping[str, Any], main: str, prefix: str) -> list[str]:
     return lines
 
 
+def report(runs: Mapping[str, Any], long: str, prefix: str) -> str:
+    """Table of all tokenizers, and the verdicts; nothing where there are none."""
+    shown = [long, *(key for key in runs if key.startswith(prefix) and key.endswith(MODES))]
+    rows = [row(key.split("/")[-1], runs[key]) for key in shown if key in runs]
+    if not rows:
+        return ""
+    headers = ["tokens", "seed", "minutes", "iterations", "PSNR dB", "SSIM", "codes used", "perplexity", "entropy"]
+    return "\n\n".join([table([*headers, "cases"], rows), *verdicts(runs, long, prefix)])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run what is not done yet, then print the table of all."""
     options_parser = training_parser(__doc__, MINUTES)
@@ -103,22 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     todo = [each for each in todo if results.get(each[0]) is None or options.again]
     if todo:
         run(options, results, todo)
-    shown = [long, *(key for key in results.runs if key.startswith(prefix) and key.endswith(MODES))]
-    rows = [row(key.split("/")[-1], results.runs[key]) for key in shown if key in results.runs]
-    headers = [
-        "tokens",
-        "seed",
-        "minutes",
-        "iterations",
-        "PSNR dB",
-        "SSIM",
-        "codes used",
-        "perplexity",
-        "entropy",
-        "cases",
-    ]
-    say(table(headers, rows))
-    say("\n".join(verdicts(results.runs, long, prefix)))
+    say(report(results.runs, long, prefix))
     say(f"Grouped fold {FOLD} of {DATASET}: trained on its training cases, judged on its validation cases.")
     say(f"Results: {results.path.name} in the results folder")
 

@@ -204,16 +204,20 @@ class UMITConfig:
         _require(self, "size", self.size in SIZE_NAMES, f"one of {', '.join(SIZE_NAMES)}")
 
     @classmethod
-    def for_size(cls, size: str, why: str = "", thicken: float = 0.0) -> UMITConfig:
+    def for_size(
+        cls, size: str, why: str = "", thicken: float = 0.0, mirror_axes: tuple[int, ...] | None = None
+    ) -> UMITConfig:
         """Defaults for a network size; wider networks take smaller learning rates and more drop path."""
-        learning_rate, drop_path = _SIZE_DEFAULTS.get(size, _SIZE_DEFAULTS["XS"])
+        learning_rate, finetuning_rate, drop_path = _SIZE_DEFAULTS.get(size, _SIZE_DEFAULTS["XS"])
         dim, codes = _TOKENIZER_DEFAULTS.get(size, _TOKENIZER_DEFAULTS["XS"])
         return cls(
             size=size,
             why=why,
             pretrain=PretrainConfig(learning_rate=learning_rate, thicken=thicken),
             tokenizer=TokenizerConfig(dim=dim, codes=codes, thicken=thicken),
-            finetune=FinetuneConfig(learning_rate=learning_rate, drop_path=drop_path, thicken=thicken),
+            finetune=FinetuneConfig(
+                learning_rate=finetuning_rate, drop_path=drop_path, thicken=thicken, mirror_axes=mirror_axes
+            ),
         )
 
     @classmethod
@@ -239,7 +243,13 @@ _SECTIONS: dict[str, type[TrainingConfig]] = {
     "finetune": FinetuneConfig,
 }
 _TOKENIZER_DEFAULTS = {"tiny": (32, 16), "XS": (256, 256), "S": (384, 512), "B": (512, 1024), "L": (512, 1024)}
-_SIZE_DEFAULTS = {"tiny": (2e-3, 0.0), "XS": (1e-3, 0.05), "S": (5e-4, 0.1), "B": (3e-4, 0.2), "L": (2e-4, 0.3)}
+_SIZE_DEFAULTS = {  # learning rates of pre-training and fine-tuning, drop path of fine-tuning
+    "tiny": (2e-3, 2e-3, 0.0),
+    "XS": (1e-3, 2e-3, 0.05),
+    "S": (5e-4, 5e-4, 0.1),
+    "B": (3e-4, 3e-4, 0.2),
+    "L": (2e-4, 2e-4, 0.3),
+}
 
 
 def get_umit_config(configuration_manager: Any) -> UMITConfig:

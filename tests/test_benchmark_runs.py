@@ -16,9 +16,14 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    accuracy,
+    common,
     corpus_transfer,
     equal_time,
+    label_efficiency,
     native_spacing,
+    predict,
+    prediction,
     pretraining_methods,
     spacing_robustness,
     tokenizer,
@@ -37,6 +42,7 @@ class Machine:
         self.prepared: list[Any] = []
         self.trained: list[tuple[Any, ...]] = []
         self.values: list[Any] = []
+        self.weights: list[str | None] = []
         self.commands: list[list[str]] = []
         self.answer: Callable[[Any, list[str], Path], object]
         monkeypatch.setenv("UMIT_DATA", str(root / "data"))
@@ -59,11 +65,14 @@ class Machine:
         (fold / "checkpoint_final.pth").touch()
         (fold / "training_log_1.txt").write_text("x: Epoch 0 \nx: masked loss, Dataset001_A, 2D: 1.0 (3 samples) \n")
         dice = {"mean": 0.5, "per_class": {"1": 0.5}, "cases": 2}
-        report = {"iterations": 3, "wall_s": 1.0, "cpu_s": 2.0, "checkpoint": str(fold / "checkpoint_final.pth")}
+        report: dict[str, Any] = {"iterations": 3, "batch_size": 4, "wall_s": 1.0, "cpu_s": 2.0}
+        report["checkpoint"] = str(fold / "checkpoint_final.pth")
+        report["kept"] = [{"wall_s": at, "checkpoint": f"{at:.0f}"} for at in named.get("keep_at_s", [])]
+        self.weights.append(named.get("pretrained_weights"))
         if not named.get("validate"):
             return report
         pooled = {"perplexity": 64.0, "codes_used": 90.0, "entropy": 0.5}
-        figures = {"mean": {"psnr": 25.0, "ssim": 0.8}, "pooled": pooled, "cases": 2}
+        figures = {"mean": {"psnr": 25.0, "ssim": 0.8, "masked_loss": 0.75}, "pooled": pooled, "cases": 2}
         return report | ({"dice": dice} if trainer.endswith("UMITTrainer") or name == "stock" else {"figures": figures})
 
     def call(self, bench: Any, command: list[str], folder: Path, accepted: Any = (0,)) -> int:
@@ -100,7 +109,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_native_spacing_trains_every_arm_and_seed_once_and_times_predictions_in_turn(machine, monkeypatch, capsys):
     seconds = itertools.count(1.0)
-    monkeypatch.setattr(native_spacing, "child_cpu_s", lambda: next(seconds))
+    monkeypatch.setattr(prediction, "child_cpu_s", lambda: next(seconds))
 
     def predict(bench: Any, command: list[str], folder: Path) -> None:
         images, output = (Path(command[command.index(word) + 1]) for word in ("-i", "-o"))
@@ -237,3 +246,75 @@ def test_every_method_pretrains_once_and_is_finetuned_with_every_seed(machine, c
     assert str(machine.root) not in (machine.root / "results" / "pretraining_methods.json").read_text()
     assert (machine.root / "results" / "pretraining_methods.png").stat().st_size > 0
     assert "Dataset027_ACDC/10" in capsys.readouterr().out
+
+
+def test_accuracy_gives_umit_three_seeds_and_every_other_arm_one(machine, capsys):
+    machine.main(accuracy)
+    machine.main(accuracy, "--task", "acdc", "--arm", "primus_s")
+    stock = {"nnUNetPlans": ["3d_fullres"]}
+    assert machine.prepared == [
+        stock | {"UMITPlans": ["3d_fullres"], "nnUNetResEncUNetMPlans": ["3d_fullres"]}, stock
+    ]  # fmt: skip
+    trainings = [(each[2], each[3], each[4], each[5]) for each in machine.trained]
+    assert trainings == [
+        (1, "UMITTrainer", "UMITPlans", 1200.0),
+        (1, "nnUNetTrainer", "nnUNetPlans", 1200.0),
+        (1, "nnUNetTrainer", "nnUNetResEncUNetMPlans", 1200.0),
+        (1, "nnUNet_Primus_S_Trainer", "nnUNetPlans", 1200.0),
+        (1, "UMITPretrainTrainer", "UMITPlans", 360.0),
+        (1, "UMITTrainer", "UMITPlans", 840.0),
+        (2, "UMITTrainer", "UMITPlans", 1200.0),
+        (3, "UMITTrainer", "UMITPlans", 1200.0),
+        (1, "nnUNet_Primus_S_Trainer", "nnUNetPlans", 1800.0),
+    ]
+    assert "full/acdc/fold0/30min/seed1/primus_s" in machine.runs("accuracy")
+    assert str(machine.root) not in (machine.root / "results" / "accuracy.json").read_text()
+    assert "mean of 3" in capsys.readouterr().out
+
+
+def test_labels_are_counted_with_one_pretraining_and_its_early_encoders(machine, monkeypatch, capsys):
+    machine.answer = lambda bench, command, folder: None
+    monkeypatch.setattr(label_efficiency, "LABELLED", (5, 10, 12))
+    machine.main(label_efficiency)
+    machine.main(label_efficiency)
+    assert [each[5] for each in machine.trained if each[3] == "UMITPretrainTrainer"] == [3600.0]
+    tuned = [each for each in machine.trained if each[3] == "UMITTrainer"]
+    assert len(tuned) == 3 * 3 * 2 + 2 and {each[5] for each in tuned} == {300.0}
+    assert [each for each in machine.weights if each is not None][-2:] == ["600", "1800"]
+    runs = machine.runs("label_efficiency")
+    early = runs["full/fold0/60min+5min/10/seed1/pretrained@10min"]
+    assert early["pretrained_minutes"] == 10 and early["labelled"] == 10
+    assert str(machine.root) not in (machine.root / "results" / "label_efficiency.json").read_text()
+    printed = capsys.readouterr().out
+    assert "0.000 (bar 0.03: NOT met); the seeds OVERLAP" in printed
+    assert "masked loss on 2 unseen cases: 0.750 (bar 0.8: met)" in printed
+
+
+def test_predictions_of_all_arms_are_timed_in_turn(machine, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "write_new_model", lambda base, model, trainer, plans: 1_000_000)
+    start = dict.fromkeys((*predict.STARTS, "hook alone"), {"median": 5.0, "min": 4.0, "max": 6.0})
+    monkeypatch.setattr(predict, "starts", lambda repeats: {"ms": start})
+    seconds = itertools.count(1.0)
+    monkeypatch.setattr(prediction, "child_cpu_s", lambda: next(seconds))
+    base = machine.root / "work" / "nnUNet_preprocessed" / common.DATASET
+    base.mkdir(parents=True)
+    for _, plans in predict.ARMS.values():
+        (base / f"{plans}.json").write_text("{}")
+
+    def answer(bench: Any, command: list[str], folder: Path) -> None:
+        images, output = (Path(command[command.index(word) + 1]) for word in ("-i", "-o"))
+        output.mkdir(parents=True)
+        for image in images.iterdir():
+            (output / image.name.replace("_0000", "")).touch()
+        if "benchmarks.timed_predict" in command:
+            Path(command[3]).write_text(json.dumps(dict.fromkeys(predict.PARTS, 2.0)))
+
+    machine.answer = answer
+    machine.main(predict, "--dataset", common.DATASET)
+    ends = [command[command.index("-tr") + 1] for command in machine.commands if "1" == command[-1]]
+    first, second, third = (trainer for trainer, _ in predict.ARMS.values())
+    warm, one, two = [third, first, second], [first, second, third], [second, third, first]
+    assert ends == warm + one + two + [third, first, second]
+    run = machine.runs("predict")[f"full/{common.DATASET}/threads2"]
+    assert run["cases"] == 2 and run["arms"]["UMIT"]["parts_s"]["network"]["median"] == 2.0
+    assert "hook alone, ms: 5.000 (bar 1: NOT met)" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import torch
 from torch import nn
 
 from benchmarks import (
+    accuracy,
     budgeted_training,
     common,
     equal_time,
     finetune_step,
-    hippocampus_equal_time,
     mae_step,
+    peers,
+    scaling,
+    step_memory,
+    timed_predict,
     timing,
     transfer_matrix,
 )
@@ -156,6 +161,12 @@ class FakeTrainer:
         self.logger, self.output_folder, self.disable_checkpointing = FakeLogger(), "folder", False
         self.lr_scheduler, self.step_in_epoch = FakeSchedule(), 0
         self.optimizer = argparse.Namespace(param_groups=[{"lr": 1.0, "base_lr": 1.0}])
+        self.saved: list[str] = []
+
+    def save_checkpoint(self, file: str) -> None:
+        assert not self.disable_checkpointing
+        self.clock.now += 7.0
+        self.saved.append(Path(file).name)
 
     def initialize(self) -> None: ...
 
@@ -196,7 +207,9 @@ class FakeTrainer:
 def test_training_ends_with_the_budget_and_so_does_the_schedule(monkeypatch):
     clock = FakeClock()
     monkeypatch.setattr(budgeted_training, "time", clock)
-    trainer_class = budgeted_training.budgeted(FakeTrainer, budget_s=200.0, step_s=1.0, overhead_s=0.0)
+    trainer_class = budgeted_training.budgeted(
+        FakeTrainer, budget_s=200.0, step_s=1.0, overhead_s=0.0, keep_at_s=(50.0, 55.0, 150.0)
+    )
     assert trainer_class.__name__ == "FakeTrainer", "nnU-Net's folders and checkpoints carry the class name"
     trainer: Any = trainer_class(clock)
     schedule = trainer.lr_scheduler
@@ -207,11 +220,15 @@ def test_training_ends_with_the_budget_and_so_does_the_schedule(monkeypatch):
     assert schedule.positions == sorted(schedule.positions)
     assert schedule.positions[0] < 0.3 and schedule.total - schedule.positions[-1] < 0.3
     assert trainer.logger.drawn_in == "folder"
+    kept = trainer.report["kept"]
+    assert [each["wall_s"] for each in kept] == pytest.approx([60.0, 160.0], abs=10), "at the ends of epochs"
+    assert trainer.saved == [Path(each["checkpoint"]).name for each in kept], "and the clock stood meanwhile"
 
 
 def test_plans_are_copied_under_another_name_and_edited(tmp_path):
     umit = {"finetune": {"epochs": 500, "learning_rate": 1e-3}, "pretrain": {}}
-    plans = {"plans_name": "UMITPlans", "configurations": {"3d_fullres": {"batch_size": 4, "umit": umit}}}
+    configuration = {"batch_size": 4, "umit": umit, "architecture": {"arch_kwargs": {"depth": 8}}}
+    plans = {"plans_name": "UMITPlans", "configurations": {"3d_fullres": configuration}}
     (tmp_path / "UMITPlans.json").write_text(json.dumps(plans))
     equal_time.edit_plans(tmp_path, "UMITPlans", "Other", batch_size=2, umit={"finetune.epochs": 7})
     written = json.loads((tmp_path / "Other.json").read_text())
@@ -221,29 +238,38 @@ def test_plans_are_copied_under_another_name_and_edited(tmp_path):
     assert json.loads((tmp_path / "UMITPlans.json").read_text()) == plans
     equal_time.edit_plans(tmp_path, "UMITPlans", "Other", configuration="3d_fullres", batch_size=3)
     assert json.loads((tmp_path / "Other.json").read_text())["configurations"]["3d_fullres"]["batch_size"] == 3
+    equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"architecture.depth": 6})
+    written = json.loads((tmp_path / "Other.json").read_text())["configurations"]["3d_fullres"]
+    assert written["architecture"]["arch_kwargs"] == {"depth": 6}
     with pytest.raises(ValueError, match="'finetun.epochs' is not a key below the umit block of UMITPlans"):
         equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"finetun.epochs": 7})
 
 
 def test_settings_of_the_command_line():
-    assert hippocampus_equal_time.setting("finetune.epochs=7") == ("finetune.epochs", 7)
-    assert hippocampus_equal_time.setting("finetune.schedule=poly") == ("finetune.schedule", "poly")
+    assert accuracy.setting("finetune.epochs=7") == ("finetune.epochs", 7)
+    assert accuracy.setting("finetune.schedule=poly") == ("finetune.schedule", "poly")
     with pytest.raises(argparse.ArgumentTypeError, match="is not KEY=VALUE"):
-        hippocampus_equal_time.setting("finetune.epochs")
+        accuracy.setting("finetune.epochs")
 
 
 def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hippocampus_equal_time, "Bench", lambda options: pytest.fail("nothing is left to run"))
-    stage = {"iterations": 5, "batch_size": 4}
+    monkeypatch.setattr(accuracy, "Bench", lambda *given, **named: pytest.fail("nothing is left to run"))
     dice = {"mean": 0.5, "per_class": {"1": 0.4, "2": 0.6}, "cases": 42}
-    results = Results("hippocampus_equal_time", "claim", tmp_path)
-    for arm in hippocampus_equal_time.ARMS:
-        stages = [stage, stage] if arm == "umit_shared" else [stage]
-        run = {"arm": arm, "stages": stages, "train_wall_s": 1200.0, "train_cpu_s": 2400.0, "dice": dice}
-        results.put(f"full/fold0/20min/seed1/{arm}", run)
-    hippocampus_equal_time.main(["--full", "--results", str(tmp_path)])
+    curve = [{"wall_s": 300.0, "dice": dice | {"cases": 12}}, {"wall_s": 840.0, "dice": dice | {"cases": 12}}]
+    stage = {"iterations": 5, "batch_size": 4, "wall_s": 360.0}
+    results = Results("accuracy", "claim", tmp_path)
+    for arm, seeds in accuracy.TASKS["hippocampus"].seeds.items():
+        for seed in range(1, seeds + 1):
+            last = stage | {"curve": curve}
+            run = {"arm": arm, "seed": seed, "train_wall_s": 1200.0, "train_cpu_s": 2400.0, "dice": dice}
+            run["stages"] = [stage, last] if arm == "umit_shared" else [last]
+            results.put(f"full/hippocampus/fold0/20min/seed{seed}/{arm}", run)
+    accuracy.main(["--full", "--results", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "0.4000 / 0.6000" in printed and "5 + 5" in printed and "One seed" in printed
+    assert "0.4000 / 0.6000" in printed and "5 + 5" in printed and "mean of 3" in printed
+    assert (tmp_path / "accuracy_hippocampus.png").stat().st_size > 0
+    shared = results.get("full/hippocampus/fold0/20min/seed1/umit_shared")
+    assert accuracy.curve_of(shared) == [(11.0, 0.5), (20.0, 0.5)], "minutes of the pre-training count"
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
@@ -261,7 +287,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("UMIT_DATA", str(tmp_path))
     options = argparse.Namespace(
         arm=None, results=None, work=str(tmp_path), again=False, replan=False, planner="UMITPlanner", quick=False,
-        validation_fold=0, validation_cases=None, seed=1, threads=1, set=[("finetune.epochs", 3)],
+        validation_fold=0, validation_cases=None, seed=1, threads=1, set=[("finetune.epochs", 3)], device="cpu",
     )  # fmt: skip
     bench = equal_time.Bench(options)
     calls: list[list[str]] = []
@@ -290,7 +316,7 @@ def bench_of(work: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> eq
     monkeypatch.setenv("UMIT_DATA", str(work))
     options = argparse.Namespace(
         work=str(work), again=False, replan=False, quick=False, validation_fold=0, validation_cases=None, seed=1,
-        threads=1, set=[],
+        threads=1, set=[], device="cpu",
     )  # fmt: skip
     return equal_time.Bench(options, **settings)
 
@@ -337,7 +363,7 @@ def test_jobs_name_what_the_bench_stands_for(tmp_path, monkeypatch):
     assert [jobs[0][name] for name in ("dataset", "configuration", "fold", "seed")] == [
         "Dataset900_Corpus", "3d_native", "all", 7,
     ]  # fmt: skip
-    assert json.loads((folder / "options.json").read_text()) == {"minutes": 2}
+    assert json.loads((folder / "options.json").read_text()) == {"minutes": 2, "device": "cpu"}
     with pytest.raises(FileNotFoundError, match="train again with --again"):
         bench.model(folder, "T", "P")
     model = folder / "Dataset900_Corpus" / f"T__{equal_time.plans_copy('P', folder)}__3d_native"
@@ -378,7 +404,7 @@ def test_minutes_are_those_asked_for_or_those_of_the_mode():
 
 def test_tuning_runs_need_a_tag(capsys):
     with pytest.raises(SystemExit):
-        hippocampus_equal_time.main(["--quick", "--set", "finetune.learning_rate=1"])
+        accuracy.main(["--quick", "--set", "finetune.learning_rate=1"])
     assert "--tag" in capsys.readouterr().err
 
 
@@ -398,7 +424,7 @@ def test_the_three_networks_are_the_stock_ones():
     plan = finetune_step.NNUNET_PLAN
     parameters = sum(parameter.numel() for parameter in finetune_step.build(plan).parameters())
     assert parameters == 5_603_177, "PlainConvUNet of nnU-Net's default plan for 206 hippocampi"
-    primus = finetune_step.build_primus_s(plan["patch_size"])
+    primus = peers.primus_s(plan["patch_size"], finetune_step.CLASSES)
     assert sum(parameter.numel() for parameter in primus.parameters()) == 23_285_955
 
 
@@ -463,11 +489,59 @@ def test_sizes_compared_are_those_of_the_claim():
         assert token_grid(size, [(1.0, 1.0, 1.0)], mae_step.TOKEN, "relative").tokens == tokens
 
 
-def test_missing_monai_says_how_to_install_it(tmp_path):
+def test_missing_monai_is_installed_beside_the_environment(tmp_path, monkeypatch):
     if importlib.util.find_spec("monai") is not None:
         pytest.skip("MONAI is installed in this environment")
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps --target"):
-        mae_step.import_monai(str(tmp_path))
+    monkeypatch.setenv("UMIT_MONAI", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def install(command: list[str], check: bool) -> None:
+        assert check and "--no-deps" in command and command[-1] == peers.MONAI
+        package = Path(command[command.index("--target") + 1]) / "monai"
+        package.mkdir()
+        (package / "__init__.py").write_text("here = 1")
+
+    monkeypatch.setattr(peers.subprocess, "run", install)
+    assert peers.import_monai("monai").here == 1
+    monkeypatch.delitem(sys.modules, "monai")
+
+
+def test_memory_of_a_step_is_that_of_its_tensors():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux can reset the peak")
+    megabytes = step_memory.peak_memory("tests.test_benchmarks:fill", 200, threads=1) / 1e6
+    assert 195 < megabytes < 230
+
+
+def fill(megabytes: int) -> Any:
+    """A "training step" that touches so much memory, in a process of its own."""
+    return lambda: torch.ones(megabytes * 250_000)
+
+
+# ----------------------------------------------------------------------------------------------------- scaling
+def test_a_volume_keeps_its_size_in_millimetres_and_its_tokens_at_every_level():
+    for level in scaling.LEVELS:
+        size, spacing = scaling.volume_at(level)
+        assert tuple(n * mm for n, mm in zip(size, spacing, strict=True)) == scaling.VOLUME_MM
+        assert token_grid(size, [spacing], 8, "relative").tokens == 8 * 12 * 12
+
+
+def test_a_synthetic_corpus_gives_batches(tmp_path):
+    batch = scaling.open_corpus(str(scaling.make_corpus(tmp_path, 20)))()
+    assert batch["data"].shape[:2] == (4, 4) and len(set(batch["groups"])) == 1
+    assert len(list((tmp_path / "images").iterdir())) == 20
+
+
+# -------------------------------------------------------------------------------------------------- prediction
+def test_the_stop_watch_gives_every_second_to_the_innermost_part(monkeypatch):
+    clock = iter([10.0, 12.0, 15.0, 16.0])  # export begins, resampling begins, ends, export ends
+    monkeypatch.setattr(timed_predict.time, "time", lambda: next(clock))
+    watch = timed_predict.StopWatch(started=4.0)
+    resampling = watch.timing("resampling", lambda: None)
+    watch.timing("export", resampling)()
+    assert watch.seconds == dict.fromkeys(timed_predict.PARTS, 0.0) | {
+        "start-up": 6.0, "export": 3.0, "resampling": 3.0,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- transfer

@@ -1,5 +1,6 @@
 """Training on cases that keep their own grid: one level a batch, unbiased, and the network is told the truth."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,34 @@ def test_small_images_are_marked_where_they_end(native: Callable[..., dict], nnu
     extent = (sample[-1] > 0).nonzero().amax(0) - (sample[-1] > 0).nonzero().amin(0) + 1
     assert extent.tolist() == [4, 20, 22]
     assert (sample[0][sample[-1] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("axes", [(), (1,), (0, 2)])
+def test_only_the_chosen_axes_of_the_image_are_mirrored(
+    native: Callable[..., dict], nnunet_env: Any, axes: tuple[int, ...]
+) -> None:
+    """Axes are those of the stored image, though the thick one (here the second) comes first afterwards."""
+    native(cases=1, spacings=((1.0, 4.0, 1.0),))
+    plain = samples(case_folder(nnunet_env), batch=1)
+    mirrored = samples(case_folder(nnunet_env), batch=1, mirror_axes=axes)
+    seen = set()
+    for seed in range(40):
+        with random_state(seed):
+            request = plain.draw()[0]
+        with random_state(seed):
+            wanted = plain.make(request, 0)[0]
+        with random_state(seed):
+            found = mirrored.make(request, 0)[0]
+        turned = {1: 1, 0: 2, 2: 3}  # stored axis -> axis of the sample (C, thick, first, last)
+        flips = [
+            chosen
+            for count in range(len(axes) + 1)
+            for chosen in itertools.combinations(axes, count)
+            if torch.equal(found, wanted.flip([turned[axis] for axis in chosen]))
+        ]
+        assert len(flips) == 1
+        seen.add(flips[0])
+    assert len(seen) == 2 ** len(axes)
 
 
 @pytest.mark.parametrize("planned", [ISOTROPIC, Anisotropy(4.0)])

@@ -26,6 +26,7 @@ from nnunet_umit.plans import layout, report, sizing
 from nnunet_umit.plans import planner as planner_module
 from nnunet_umit.plans.integrity import BadImageError
 from nnunet_umit.plans.memory import TrainingMemory, predict_training_memory
+from nnunet_umit.plans.orientation import Orientation
 from nnunet_umit.plans.planner import UMITPlanner, UMITPlannerB, UMITPlannerL, UMITPlannerS
 from nnunet_umit.plans.preprocessor import UMITNativePreprocessor, UMITPreprocessor
 from nnunet_umit.spacing import Anisotropy
@@ -151,7 +152,8 @@ def invent(nnunet_env: Any, make_dataset: Callable[..., Path], monkeypatch: pyte
         made = make_dataset(cases=2, shape=tiny, channels=len(channel_names), channel_names=channel_names)
         raw = nnunet_env.raw / made.name
         raw.mkdir()
-        (raw / "imagesTr").symlink_to(made / "imagesTr")
+        for part in ("imagesTr", "labelsTr"):
+            (raw / part).symlink_to(made / part)
         content = load_json(str(made / "dataset.json")) | {"numTraining": cases}
         (raw / "dataset.json").write_text(json.dumps(content))
         folder = nnunet_env.preprocessed / made.name
@@ -170,7 +172,9 @@ def invent(nnunet_env: Any, make_dataset: Callable[..., Path], monkeypatch: pyte
 
 
 def _first_case(folder: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
-    return {"case_000": {"images": [f"{folder}/imagesTr/case_000_0000{dataset_json['file_ending']}"]}}
+    ending = dataset_json["file_ending"]
+    image, label = f"{folder}/imagesTr/case_000_0000{ending}", f"{folder}/labelsTr/case_000{ending}"
+    return {"case_000": {"images": [image], "label": label}}
 
 
 @pytest.fixture
@@ -245,6 +249,26 @@ def test_thick_slices_last_are_transposed_to_the_front(invent: Callable[..., str
     assert arch["spacing"] == [6.6, 1.5, 1.5] == full["spacing"]
     assert Anisotropy.from_spacing(arch["spacing"]).level == 2
     assert full["patch_size"][0] in (18, 20) and flat["architecture"]["arch_kwargs"]["spacing"] == [1.5, 1.5]
+
+
+@pytest.mark.usefixtures("cheap_memory")
+def test_axes_along_which_labels_keep_their_order_are_not_mirrored(
+    invent: Callable[..., str], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thick slices are the last axis of the files and the first of the plans; the labels follow each other along it."""
+    name = invent((256, 224, 12), (1.5, 1.5, 8.0))
+    seen: list[Any] = []
+
+    def read(dataset: Any, labels: Any, reader: type, transpose: Any) -> Orientation:
+        seen.append((list(dataset), list(transpose)))
+        return Orientation((0, 2), ("one comes before two along axis 1",))
+
+    monkeypatch.setattr(planner_module, "read_orientation", read)
+    plans = UMITPlanner(name).plan_experiment()
+    assert seen == [(["case_000"], [2, 0, 1])], "read once, in the axes of the plans"
+    axes = {name: each["umit"]["finetune"]["mirror_axes"] for name, each in plans["configurations"].items()}
+    assert axes == {"3d_fullres": [0, 2], "2d": [1], "3d_native": [0, 2]}
+    assert "Not mirrored there: one comes before two along axis 1." in plans["configurations"]["2d"]["umit"]["why"]
 
 
 @pytest.mark.usefixtures("cheap_memory")

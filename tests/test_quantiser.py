@@ -130,3 +130,33 @@ def test_bad_sizes_are_refused() -> None:
         Quantiser(6, CODES, "sharp")
     with pytest.raises(ValueError, match="codebook of 1"):
         Quantiser(6, 1)
+
+
+def alike(seed: int, tokens: int = 60) -> Tensor:
+    """Features (2, L, 6) that share most of what they are."""
+    generator = torch.Generator().manual_seed(seed)
+    return 10 * torch.ones(6) + 0.1 * torch.randn(2, tokens, 6, generator=generator)
+
+
+@pytest.mark.parametrize("mode", ["soft", "gumbel"])
+def test_the_first_batch_gives_every_code_the_same_chance(mode: str) -> None:
+    torch.manual_seed(0)
+    quantiser = Quantiser(6, CODES, mode).eval()
+    before = quantiser(alike(0)).probabilities.flatten(0, 1).argmax(-1).unique()
+    assert len(before) <= 2 and not quantiser.started, "what all features share decides; evaluation changes nothing"
+    logits = quantiser.train()(alike(0)).logits.flatten(0, 1)
+    torch.testing.assert_close(logits.mean(0), torch.zeros(CODES), atol=1e-3, rtol=0)
+    torch.testing.assert_close(logits.std(0, unbiased=False), torch.full((CODES,), module.START), atol=1e-3, rtol=0)
+    assert len(logits.argmax(-1).unique()) > CODES // 2
+    weight = quantiser.project.weight.clone()
+    quantiser(5 * alike(1))
+    assert torch.equal(quantiser.project.weight, weight), "once"
+
+
+def test_features_without_contrast_start_nothing() -> None:
+    quantiser = Quantiser(6, CODES)
+    weight = quantiser.project.weight.clone()
+    assert quantiser(torch.ones(2, 5, 6)).codes.isfinite().all()
+    assert not quantiser.started and torch.equal(quantiser.project.weight, weight)
+    quantiser(alike(0))
+    assert quantiser.started

@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from benchmarks import cases, corpus_transfer, memory, native_spacing, spacing_robustness, thick_slices
+from benchmarks import cases, corpus_transfer, memory, native_spacing, prediction, spacing_robustness, thick_slices
 from benchmarks.common import Results
 from benchmarks.thick_slices import Condition
 
@@ -176,9 +176,9 @@ def test_finished_trainings_and_predictions_are_not_run_again(tmp_path, monkeypa
 
 
 def test_cpu_seconds_of_a_command_are_those_of_its_children():
-    before = native_spacing.child_cpu_s()
+    before = prediction.child_cpu_s()
     subprocess.run([sys.executable, "-c", "sum(range(2_000_000))"], check=True)
-    assert native_spacing.child_cpu_s() > before
+    assert prediction.child_cpu_s() > before
 
 
 # ------------------------------------------------------------------------------------------- spacing robustness

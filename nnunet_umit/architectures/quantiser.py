@@ -3,7 +3,10 @@
     p_i = softmax(W z_i + b)        z_q,i = sum_k p_ik e_k
 
 The probabilities are the token: differentiable, without straight-through and without a commitment loss. What keeps
-them from fading into one another is the prior-distribution regularisation, two entropies of different things:
+them from fading into one another is a start from the data, and the prior-distribution regularisation. At the start the
+projection is shifted and scaled once, by the first batch, so that every code's logits have mean 0 and the same spread
+over tokens (as Glow starts its layers, arXiv 1807.03039): otherwise what all features share decides, all tokens choose
+the same code, and the mixture of all codes tells the decoder nothing. Then two entropies of different things:
 
     diversity = -H(mean of p_i over all tokens)   in [-log K, 0]    low when all codes are used equally
     sharpness = mean of H(p_i)                    in [0, log K]     low when every token chooses
@@ -25,6 +28,8 @@ from torch import Tensor, distributed, nn
 from nnunet_umit.config import QUANTISERS
 
 COMMITMENT = 0.25  # VQ-VAE's beta
+START = 3.0  # standard deviation of a code's first logits over tokens: they nearly choose, about a nat of 256 codes
+FLAT = 1e-2  # tokens whose logits differ by less tell nothing of their spread
 SMALLEST = 1e-30  # a probability below this counts as this in a logarithm
 
 
@@ -80,6 +85,8 @@ class Quantiser(nn.Module):
             ``"nearest"`` (the code nearest to the feature, straight-through; probabilities are one-hot).
     """
 
+    started: Tensor
+
     def __init__(self, dim: int, codes: int, mode: str = "soft") -> None:
         super().__init__()
         if mode not in QUANTISERS:
@@ -96,18 +103,35 @@ class Quantiser(nn.Module):
             self.project = nn.Linear(dim, codes)
             nn.init.xavier_uniform_(self.project.weight)
             nn.init.zeros_(self.project.bias)
+            self.register_buffer("started", torch.tensor(False))
 
     def forward(self, features_BLE: Tensor, temperature: float = 1.0) -> Quantised:
         """``temperature`` is that of the Gumbel noise, in (0, 1]; the other modes have none."""
         none = features_BLE.new_zeros(features_BLE.shape[0], dtype=torch.float32)
         if self.mode == "nearest":
             return self._nearest(features_BLE.float())
+        if self.training and not self.started:
+            self.start(features_BLE)
         logits = self.project(features_BLE).float()
         probabilities = logits.softmax(-1)
         chosen = probabilities
         if self.mode == "gumbel" and self.training:
             chosen = F.gumbel_softmax(logits, temperature, hard=True)
         return Quantised(self.lookup(chosen), logits, probabilities, none)
+
+    @torch.no_grad()
+    def start(self, features_BLE: Tensor) -> None:
+        """Shift and scale the projection so that every code's logits have mean 0 and deviation ``START`` over the
+        tokens of all ranks; features without any contrast leave it, and the next batch is asked."""
+        logits = self.project(features_BLE).float()
+        mean = pooled_mean(logits)
+        deviation = pooled_mean((logits - mean).square()).sqrt()
+        if deviation.mean() < FLAT:
+            return
+        scale = START / deviation.clamp_min(FLAT)
+        self.project.weight.mul_(scale.unsqueeze(-1).to(self.project.weight.dtype))
+        self.project.bias.sub_(mean.to(self.project.bias.dtype)).mul_(scale.to(self.project.bias.dtype))
+        self.started.fill_(True)
 
     def lookup(self, probabilities_BLK: Tensor) -> Tensor:
         """The mixture of codes (B, L, E) that probabilities stand for: a point in the convex hull of the codebook."""

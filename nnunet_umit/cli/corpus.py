@@ -164,6 +164,7 @@ def write_plans(made: Any, folder: Path, dataset: str, memory_target: float) -> 
     from nnunet_umit.plans.layout import Task
     from nnunet_umit.plans.memory import GB
     from nnunet_umit.plans.native import THICKEN, native_configuration, representative
+    from nnunet_umit.plans.orientation import Orientation
 
     extent = representative(made.spacing, made.shape)
     task = Task(
@@ -177,6 +178,7 @@ def write_plans(made: Any, folder: Path, dataset: str, memory_target: float) -> 
     configuration = plan_configuration(
         task,
         task.choose_size(),
+        Orientation((0, 1, 2)),
         data_identifier=f"UMITPlans_{NATIVE}",
         normalisation=["ZScoreNormalization"] * made.channels,
         use_mask=[False] * made.channels,

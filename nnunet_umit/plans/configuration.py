@@ -7,6 +7,7 @@ from typing import Any
 
 from nnunet_umit.config import UMITConfig
 from nnunet_umit.plans.layout import Task
+from nnunet_umit.plans.orientation import Orientation
 from nnunet_umit.plans.sizing import SizeChoice
 
 NETWORK = "nnunet_umit.architectures.unetr.UMITSegmenter"
@@ -16,6 +17,7 @@ SMALL_PATCH = 0.25  # nnU-Net computes Dice over the batch when a patch covers l
 def plan_configuration(
     task: Task,
     choice: SizeChoice,
+    orientation: Orientation,
     *,
     data_identifier: str,
     normalisation: Sequence[str],
@@ -26,9 +28,12 @@ def plan_configuration(
     """Network, patch, batch, normalisation and the umit block; resampling is the caller's.
 
     Args:
+        orientation: of the labels, in the axes of the patch.
         token_size: of another configuration, so that weights move between the two unchanged; None: what suits best.
     """
     layout = task.layout(choice.size, token_size)
+    why = choice.why + "".join(f" Not mirrored there: {reason}." for reason in orientation.why)
+    umit = UMITConfig.for_size(choice.size, why, thicken, orientation.mirrored)
     return {
         "data_identifier": data_identifier,
         "batch_size": task.batch_size(layout),
@@ -40,5 +45,5 @@ def plan_configuration(
             "arch_kwargs": layout.arch_kwargs,
             "_kw_requires_import": [],
         },
-        "umit": UMITConfig.for_size(choice.size, choice.why, thicken).to_dict(),
+        "umit": umit.to_dict(),
     }

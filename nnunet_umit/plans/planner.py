@@ -26,6 +26,7 @@ from nnunet_umit.plans.configuration import NETWORK, SMALL_PATCH, plan_configura
 from nnunet_umit.plans.layout import Task
 from nnunet_umit.plans.memory import GB
 from nnunet_umit.plans.native import THICKEN, native_configuration, representative
+from nnunet_umit.plans.orientation import Orientation, read_orientation
 from nnunet_umit.plans.sizing import SizeChoice
 
 PLANNED = ("3d_fullres", "2d", "3d_native")
@@ -61,6 +62,7 @@ class UMITPlanner(ExperimentPlanner):
         )
         self.lowres_creation_threshold = 0.0  # no 3d_lowres, hence no cascade
         self._choice: SizeChoice | None = None  # made for the first configuration, kept for the others
+        self._orientation: Orientation | None = None  # read once
 
     def plan_experiment(self) -> dict[str, Any]:
         """Plan as nnU-Net does, then print a table and the next commands instead of nnU-Net's "U-Net" printout."""
@@ -121,6 +123,13 @@ class UMITPlanner(ExperimentPlanner):
         )
         return native_configuration(configuration, extent)
 
+    def _orientation_of_labels(self) -> Orientation:
+        if self._orientation is None:
+            forward, _ = self.determine_transpose()
+            labels, reader = self.dataset_json["labels"], self.determine_reader_writer()
+            self._orientation = read_orientation(self.dataset, labels, reader, forward)
+        return self._orientation
+
     def _task(self, spacing: Any, median_shape: Any, dataset_voxels: float) -> Task:
         classes, channels = self._heads_and_channels()
         return Task(
@@ -135,9 +144,11 @@ class UMITPlanner(ExperimentPlanner):
     def _configuration(self, task: Task, data_identifier: str, **options: Any) -> dict[str, Any]:
         """What every configuration has: network, patch, batch, normalisation and the umit block."""
         normalisation, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        orientation = self._orientation_of_labels()
         return plan_configuration(
             task,
             self._size_for(task),
+            orientation if len(task.spacing) == 3 else orientation.of_slices(),
             data_identifier=data_identifier,
             normalisation=normalisation,
             use_mask=use_mask,

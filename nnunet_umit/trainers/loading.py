@@ -135,7 +135,7 @@ class LoadingTrainer(ResumableTrainer):
         for shape in native_shapes(patch, planned):
             if training:
                 rotation, in_plane, read = (None, False, shape) if chosen is None else rotation_for(shape)
-                transforms = self.training_transforms(shape, rotation, mirror_axes, in_plane, None)
+                transforms = self.training_transforms(shape, rotation, None, in_plane, None)
             else:
                 read, transforms = shape, self.validation_transforms(None)
             prepared[shape] = prepare(read, transforms)
@@ -152,6 +152,7 @@ class LoadingTrainer(ResumableTrainer):
             labels=self.loader_labels(),
             oversample_foreground=self.config.oversample_foreground,
             jitter=jitter,
+            mirror_axes=(mirror_axes or ()) if training else (),
             augmentation=TransformAugmentation(prepared),
         )
 

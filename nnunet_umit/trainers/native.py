@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
@@ -21,7 +20,7 @@ from nnunet_umit.spacing import MAX_LEVEL, Anisotropy
 from nnunet_umit.trainers.patches import Augmentation, CaseTable, rotates_in_plane, weights_of
 
 Shape = tuple[int, ...]
-GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
+GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform)
 ZOOM_PROBABILITY = 0.2  # nnU-Net's
 ROUND = 1.5  # nnU-Net turns 2D patches freely up to this aspect ratio, else by 15 degrees
 

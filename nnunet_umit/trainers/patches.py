@@ -19,6 +19,7 @@ from nnunet_umit.spacing import Anisotropy
 
 Transforms = Callable[..., dict[str, Any]]
 DRAWS = 32  # at a time, until a batch of one level is full
+MIRROR_PROBABILITY = 0.5  # of each axis; nnU-Net's
 MOST_DRAWS = 200_000  # then the rare level's own samples are repeated
 
 
@@ -116,6 +117,7 @@ class NativeSamples:
         batch_size: of all ranks together.
         patch: the plan's patch, for the anisotropy ``planned``.
         labels: nnU-Net's label manager, or its label-free stand-in.
+        mirror_axes: axes of the images, before the thick one comes first, that are mirrored half of the time.
         augmentation: for a crop (D, H, W): the larger crop to read, and transforms of ``geometry`` (image, inside,
             label; told the zoom) and ``appearance`` (image and label).
     """
@@ -131,6 +133,7 @@ class NativeSamples:
         labels: Any,
         oversample_foreground: float,
         jitter: Jitter,
+        mirror_axes: Sequence[int] = (),
         augmentation: Augmentation,
     ) -> None:
         self.dataset = dataset
@@ -141,6 +144,7 @@ class NativeSamples:
         self.labels = labels
         self.oversample_foreground = oversample_foreground
         self.jitter = jitter
+        self.mirror_axes = tuple(mirror_axes)
         self.augmentation = augmentation
         self.cumulative = np.cumsum(table.weights)
 
@@ -197,6 +201,8 @@ class NativeSamples:
                 image = _join_slices(image, request.axis, request.slices).mean(-1)
                 inside = _join_slices(inside, request.axis, request.slices).amax(-1)
                 label = _join_slices(label, request.axis, request.slices).mode(-1).values
+            flipped = [axis + 1 for axis in self.mirror_axes if np.random.uniform() < MIRROR_PROBABILITY]
+            image, inside, label = (each.flip(flipped) for each in (image, inside, label))
             turned = [each.permute(0, *(axis + 1 for axis in order)).contiguous() for each in (image, inside, label)]
             image, inside, target = self.augmentation.apply(shape, request.zoom, *turned)
             spacing = [request.spacing[axis] for axis in order]

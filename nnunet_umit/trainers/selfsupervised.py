@@ -118,12 +118,12 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
     def training_transforms(
         self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
     ) -> ComposeTransforms:
-        """Mirroring of every axis (p 0.5), and a small change of scale and offset per channel."""
+        """A small change of scale and offset per channel, and mirroring (p 0.5 for each axis)."""
         return ComposeTransforms(
             [
                 MultiplicativeBrightnessTransform(SCALE, synchronize_channels=False),
                 BrightnessAdditiveTransform(0.0, SHIFT, synchronize_channels=False),
-                MirrorTransform(mirror_axes),
+                *([MirrorTransform(mirror_axes)] if mirror_axes else []),
             ]
         )
 

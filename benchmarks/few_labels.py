@@ -1,0 +1,76 @@
+"""Pre-training without labels and fine-tuning with few: what the benchmarks that ask whether it pays share."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.cases import few_cases, read_fold
+from benchmarks.common import Results, provenance, say, write_json
+from benchmarks.equal_time import CONFIGURATION, Bench, totals
+
+FOLD = 0
+PLANS = "UMITPlans"
+VALIDATED = 40  # cases at most
+
+
+class FewLabels:
+    """The trainings of one invocation, all on grouped fold 0 of their dataset.
+
+    Args:
+        name: of the benchmark: folder of its runs.
+        prefix: of the keys of its results.
+        settings: what its results depend on, beside the minutes of a training.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, results: Results, name: str, prefix: str, settings: Mapping[str, Any]
+    ) -> None:
+        self.options, self.results, self.name, self.prefix = options, results, name, prefix
+        self.settings = {"quick": options.quick, "threads": options.threads, **settings}
+        self.planned: set[str] = set()
+
+    def bench(self, dataset: str, seed: int, minutes: float) -> Bench:
+        """Folders and sub-processes for one training."""
+        settings = self.settings | {"minutes": minutes}
+        bench = Bench(self.options, dataset=dataset, fold=FOLD, seed=seed, settings=settings, runs=self.name)
+        if dataset not in self.planned:
+            bench.plan(PLANS, [CONFIGURATION])
+            self.planned.add(dataset)
+        return bench
+
+    def split(self, bench: Bench, labelled: int) -> dict[str, list[str]]:
+        """Put the cases of the next training in place: the first ``labelled`` of the fold, or all (0)."""
+        split = read_fold(bench.data, bench.dataset, FOLD)
+        chosen = few_cases(split, labelled or len(split["train"]), VALIDATED)
+        write_json(bench.base / "splits_final.json", [chosen])
+        return chosen
+
+    def left(self, key: str) -> bool:
+        """Whether a run is still to be made."""
+        return self.results.get(key) is None or self.options.again
+
+    def finetune(
+        self, key: str, dataset: str, labelled: int, seed: int, minutes: float, weights: str | None, **described: Any
+    ) -> None:
+        """Fine-tune and validate; the result says what was asked for."""
+        say(f"{key} ...")
+        bench = self.bench(dataset, seed, minutes)
+        chosen = self.split(bench, labelled)
+        folder, started = bench.run_folder(key), time.perf_counter()
+        stage = bench.stage(
+            folder, "finetune", "UMITTrainer", PLANS, minutes * 60, validate=True, pretrained_weights=weights
+        )
+        content = {"dataset": dataset, "labelled": len(chosen["train"]), "seed": seed, "minutes": minutes, **described}
+        content |= {"cores": self.options.threads, **totals([stage])}
+        self.results.put(key, content | {"everything_s": time.perf_counter() - started, **provenance()})
+
+
+def mean_and_seeds(dice: Sequence[float]) -> str | None:
+    """``0.8100 (0.8000 / 0.8200)``: the mean, and every seed."""
+    if not dice:
+        return None
+    return f"{statistics.fmean(dice):.4f} ({' / '.join(f'{each:.4f}' for each in dice)})"

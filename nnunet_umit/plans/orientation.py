@@ -1,0 +1,98 @@
+"""Which axes may be mirrored: those along which no two classes keep their order.
+
+Mirroring a heart swaps its ventricles. Where the labels of a dataset are told apart by where they lie (left and right
+kidney, anterior and posterior hippocampus), a mirrored image has them in an order that no patient has: a network has to
+learn them from shape alone, and test-time mirroring asks it about impossible anatomy. nnU-Net mirrors all axes unless
+the user picks another trainer; here the labels decide.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CASES = 24  # labels that are looked at, evenly spaced
+FEWEST = 5  # cases that must hold both classes of a pair
+CONSISTENT = 0.95  # share of the cases that must agree
+APART = 0.15  # median distance of the centres, as a share of the foreground's extent
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """Axes that may be mirrored, of (D, H, W) arrays in the axis order of the plans, and why the others may not."""
+
+    mirrored: tuple[int, ...]
+    why: tuple[str, ...] = ()
+
+    def of_slices(self) -> Orientation:
+        """The same for images (H, W) within the first axis."""
+        return Orientation(tuple(axis - 1 for axis in self.mirrored if axis > 0), self.why)
+
+
+def read_orientation(
+    dataset: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Any], reader: type, transpose: Sequence[int]
+) -> Orientation:
+    """Look at some labels of a raw dataset; with fewer than two classes none is opened.
+
+    Args:
+        dataset: cases as nnU-Net lists them, each with the path of its ``label``.
+        labels: of dataset.json; regions are lists.
+        reader: nnU-Net's reader class for these files.
+        transpose: axes of the file in the order of the plans.
+    """
+    classes = {name: value for name, value in labels.items() if name not in ("background", "ignore") and value != 0}
+    if len(classes) < 2:
+        return Orientation((0, 1, 2))
+    files = [case["label"] for case in dataset.values()]
+    chosen = files[:: -(-len(files) // CASES)]
+    maps = (reader().read_seg(file)[0][0].transpose(transpose) for file in chosen)
+    return orientation(list(classes), [centres(label, list(classes.values())) for label in maps])
+
+
+def centres(label: np.ndarray, classes: Sequence[int | Sequence[int]]) -> dict[int, np.ndarray]:
+    """Centre of every class (by its position in ``classes``) in a label map (D, H, W), as a share of the extent of all
+    of them along each axis, 0 to 1.
+
+    Args:
+        classes: label values; several values are a region, which is their union.
+    """
+    values = [[each] if isinstance(each, int) else list(each) for each in classes]
+    places = np.argwhere(np.isin(label, [value for region in values for value in region]))
+    if not len(places):
+        return {}
+    low, high = places.min(0), places.max(0) + 1
+    found = {}
+    for index, region in enumerate(values):
+        own = np.argwhere(np.isin(label, region))
+        if len(own):
+            found[index] = (own.mean(0) + 0.5 - low) / (high - low)
+    return found
+
+
+def orientation(names: Sequence[str], found: Sequence[Mapping[int, np.ndarray]]) -> Orientation:
+    """Decide from the :func:`centres` of some cases; ``names`` of the classes are for the reasons."""
+    mirrored, reasons = [], []
+    for axis in range(3):
+        pair = _ordered_pair(found, axis, len(names))
+        if pair is None:
+            mirrored.append(axis)
+        else:
+            reasons.append(f"{names[pair[0]]} comes before {names[pair[1]]} along axis {axis}")
+    return Orientation(tuple(mirrored), tuple(reasons))
+
+
+def _ordered_pair(cases: Sequence[Mapping[int, np.ndarray]], axis: int, classes: int) -> tuple[int, int] | None:
+    """The pair of classes that lies furthest apart along an axis, in the order that (nearly) every case has."""
+    best, chosen = 0.0, None
+    for one, other in itertools.combinations(range(classes), 2):
+        steps = np.array([case[other][axis] - case[one][axis] for case in cases if one in case and other in case])
+        if len(steps) < FEWEST:
+            continue
+        agreeing, apart = max(np.mean(steps > 0), np.mean(steps < 0)), abs(float(np.median(steps)))
+        if agreeing >= CONSISTENT and apart >= max(APART, best):
+            best, chosen = apart, (one, other) if np.median(steps) > 0 else (other, one)
+    return chosen
