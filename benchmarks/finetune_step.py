@@ -5,7 +5,8 @@ backward, gradient clipping, optimiser. Each network keeps the optimiser of its 
 clip 12 (nnUNetTrainer); fused AdamW, clip 1 (Primus, and MONAI's networks, which have no trainer); fused AdamW with
 layer-wise rates, clip from the plan (UMIT). Random images and labels: no data needed. The same batch for all, and the
 same patch, but UNETR and SwinUNETR cannot take it: they get the next one that they can, 48 x 64 x 48 and 64 x 64 x 64.
-fp32, CPU. Peak memory is that of two steps in a process of its own.
+fp32, CPU. Peak memory is that of two steps in a process of its own. One more row tells what activation checkpointing
+costs and saves.
 
 Claims: CPU seconds of UMIT at most 0.25 times PlainConvUNet's, and no more than Primus-S's.
 """
@@ -27,8 +28,9 @@ from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table
 
 CLAIM = "CPU seconds of a UMIT fine-tuning step <= 0.25 x PlainConvUNet and <= 1.0 x Primus-S at equal batch and patch"
 BAR = 0.25
+CHECKPOINTING = "UMIT, activation checkpointing"
 PADDED = {"MONAI UNETR": [48, 64, 48], "MONAI SwinUNETR": [64, 64, 64]}  # multiples of 16 and of 32
-ARMS = ("PlainConvUNet", "Primus-S", "UMIT", *PADDED)
+ARMS = ("PlainConvUNet", "Primus-S", "UMIT", CHECKPOINTING, *PADDED)
 CLASSES = 3  # background, anterior, posterior
 
 # nnU-Net 2.8.1's default plan for Dataset004_Hippocampus (206 cases), 3d_fullres
@@ -159,6 +161,14 @@ def make_step(
     return step
 
 
+def with_checkpointing(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan, with the blocks of the transformer recomputed in the backward pass."""
+    architecture = plan["architecture"]
+    return plan | {
+        "architecture": architecture | {"arch_kwargs": architecture["arch_kwargs"] | {"checkpointing": True}}
+    }
+
+
 def build_arm(arm: str, batch: int, plan: dict[str, Any]) -> tuple[nn.Module, Callable[[], None]]:
     """The network of an arm, and its training step on the patch of the UMIT plan or the next it can take."""
     patch = PADDED.get(arm, list(plan["patch_size"]))
@@ -167,6 +177,7 @@ def build_arm(arm: str, batch: int, plan: dict[str, Any]) -> tuple[nn.Module, Ca
         "PlainConvUNet": lambda: build(NNUNET_PLAN),
         "Primus-S": lambda: peers.primus_s(patch, CLASSES),
         "UMIT": lambda: build(plan),
+        CHECKPOINTING: lambda: build(with_checkpointing(plan)),
         "MONAI UNETR": lambda: peers.unetr(patch, CLASSES),
         "MONAI SwinUNETR": lambda: peers.swin_unetr(CLASSES),
     }

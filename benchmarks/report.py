@@ -144,7 +144,9 @@ def _prediction_rows() -> list[tuple[str, str, str]]:
 # -------------------------------------------------------------------------------------------------- whole tables
 def _accuracy(task: str) -> str:
     prefix = f"full/{task}/fold0/{accuracy.TASKS[task].minutes:.3g}min/"
-    return accuracy.report(runs_of("accuracy"), prefix) if accuracy.gathered(runs_of("accuracy"), prefix) else ""
+    if not accuracy.gathered(runs_of("accuracy"), prefix):
+        return ""
+    return accuracy.report(runs_of("accuracy"), prefix) + _picture(f"accuracy_{task}", f"Dice against minutes, {task}")
 
 
 def _hippocampus_hour() -> str:
@@ -163,7 +165,15 @@ def _fenced(text: str) -> str:
 
 def _robustness() -> str:
     scored = spacing_robustness.scored_in(runs_of("spacing_robustness"), "full/fold0/15min/", 1)
-    return spacing_robustness.report(scored) if len(scored) > 1 else ""
+    if len(scored) < 2:
+        return ""
+    return spacing_robustness.report(scored) + _picture("spacing_robustness", "Dice against slice thickness")
+
+
+def _picture(name: str, what: str) -> str:
+    """The plot that a benchmark left beside its results, as a page in docs shows it."""
+    file = Path("benchmarks") / "results" / f"{name}.png"
+    return f"\n\n![{what}](../{file.as_posix()})" if (REPOSITORY / file).is_file() else ""
 
 
 def _corpus() -> str:
@@ -202,7 +212,7 @@ def _one(name: str, module: Any) -> str:
 
 def _with_runs(name: str, module: Any, prefix: str) -> str:
     found = any(key.startswith(prefix) for key in runs_of(name))
-    return module.report(runs_of(name), prefix) if found else ""
+    return module.report(runs_of(name), prefix) + _picture(name, name.replace("_", " ")) if found else ""
 
 
 # -------------------------------------------------------------------------------------------------------- pages

@@ -15,8 +15,10 @@ from torch import nn
 
 from benchmarks import (
     accuracy,
+    arithmetic,
     budgeted_training,
     common,
+    demo,
     equal_time,
     finetune_step,
     mae_step,
@@ -516,6 +518,23 @@ def test_memory_of_a_step_is_that_of_its_tensors():
 def fill(megabytes: int) -> Any:
     """A "training step" that touches so much memory, in a process of its own."""
     return lambda: torch.ones(megabytes * 250_000)
+
+
+def test_operations_grow_with_the_patch_and_a_step_reads_three_times_what_a_pass_does():
+    small, large = (arithmetic.operations("XS", (side, 32, 32), (1.0, 1.0, 1.0), 8) for side in (32, 64))
+    assert (small["tokens"], large["tokens"]) == (64, 128)
+    for kind in ("pretrain", "finetune"):
+        assert 1.9 < large[kind] / small[kind] < 2.2
+    assert small["pretrain"] < small["finetune"] and small["constant_bytes"] == large["constant_bytes"]
+
+
+def test_the_demo_says_which_arm_is_ahead():
+    steps = {"finetune_steps": 70, "pretrain_steps": 220}
+    dice = {"from scratch": {"mean": 0.7}, "pre-trained": {"mean": 0.6}}
+    run = {"steps": steps, "dice": dice, "test_cases": 4, "wall_s": 330.0}
+    assert "ended behind the one from scratch: mean Dice 0.600 against 0.700" in demo.report(run)
+    dice["pre-trained"]["mean"] = 0.8
+    assert "ended ahead of the one" in demo.report(run) and "5.5 minutes" in demo.report(run)
 
 
 # ----------------------------------------------------------------------------------------------------- scaling
