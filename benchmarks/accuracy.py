@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DATASET, Results, add_place, parser, provenance, say, table
+from benchmarks.common import DATASET, Results, add_place, budget, parser, provenance, say, table
 from benchmarks.equal_time import CONFIGURATION, STOCK_PLANS, Bench, alone_in, totals
 
 CLAIM = "mean foreground Dice on a grouped validation fold after equal training wall time on equal cores"
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.set and not options.tag:
         options_parser.error("--set changes the plans' values: name the runs with --tag")
     task = TASKS[options.task]
-    minutes = options.minutes or (8 / 60 if options.quick else task.minutes)
+    minutes = budget(options.minutes, options.quick, task.minutes)
 
     results = Results("accuracy", CLAIM, options.results)
     mode = "quick" if options.quick else "full"

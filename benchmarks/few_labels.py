@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,16 @@ class FewLabels:
         content = {"dataset": dataset, "labelled": len(chosen["train"]), "seed": seed, "minutes": minutes, **described}
         content |= {"cores": self.options.threads, **totals([stage])}
         self.results.put(key, content | {"everything_s": time.perf_counter() - started, **provenance()})
+
+
+def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[float]]]:
+    """Dice of every seed, by task and arm; keys are ``<prefix><task>/seed<S>/<arm>``."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for key, run in sorted(runs.items()):
+        parts = re.fullmatch(r"(.+)/seed\d+/([^/]+)", key.removeprefix(prefix))
+        if key.startswith(prefix) and parts:
+            found.setdefault(parts[1], {}).setdefault(parts[2], []).append(run["dice"]["mean"])
+    return found
 
 
 def mean_and_seeds(dice: Sequence[float]) -> str | None:

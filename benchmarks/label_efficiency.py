@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import DATASET, Results, budget, provenance, say, table, training_parser, verdict, work_folder
 from benchmarks.equal_time import alone_in, totals
-from benchmarks.few_labels import FOLD, PLANS, FewLabels, mean_and_seeds
+from benchmarks.few_labels import FOLD, PLANS, FewLabels, gathered, mean_and_seeds
 
 CLAIM = "with 10 labelled hippocampi a pre-trained encoder is worth at least 3 Dice points, beyond the spread of seeds"
 MINUTES, FINETUNE_MINUTES = 60.0, 5.0
@@ -72,19 +72,14 @@ class Labels(FewLabels):
 
 
 # ------------------------------------------------------------------------------------------------------- report
-def gathered(runs: Mapping[str, Any], prefix: str) -> dict[int, dict[str, list[float]]]:
+def by_number(runs: Mapping[str, Any], prefix: str) -> dict[int, dict[str, list[float]]]:
     """Dice of every seed, by number of labelled cases and arm."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for key, run in sorted(runs.items()):
-        parts = key.removeprefix(prefix).split("/")
-        if key.startswith(prefix) and len(parts) == 3:
-            found.setdefault(int(parts[0]), {}).setdefault(parts[2], []).append(run["dice"]["mean"])
-    return dict(sorted(found.items()))
+    return dict(sorted((int(labelled), arms) for labelled, arms in gathered(runs, prefix).items()))
 
 
 def report(runs: Mapping[str, Any], prefix: str) -> str:
     """Mean Dice and the seeds by labelled cases, what the early encoders give, and the verdicts."""
-    found, parts = gathered(runs, prefix), []
+    found, parts = by_number(runs, prefix), []
     rows = [[labelled, *(mean_and_seeds(arms.get(arm, [])) for arm in ARMS)] for labelled, arms in found.items()]
     parts.append(table(["labelled cases", *ARMS], rows))
     steps = [(run["pretrained_minutes"], run["dice"]["mean"]) for key, run in runs.items()
@@ -112,7 +107,7 @@ def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = gathered(runs, prefix)
+    found = by_number(runs, prefix)
     if not found:
         return
     figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import Results, budget, provenance, say, table, training_parser, work_folder
 from benchmarks.equal_time import alone_in, totals
-from benchmarks.few_labels import FOLD, PLANS, FewLabels, mean_and_seeds
+from benchmarks.few_labels import FOLD, PLANS, FewLabels, gathered, mean_and_seeds
 
 CLAIM = "what masked pre-training, of voxels or of soft tokens, adds to a short fine-tuning"
 MINUTES, FINETUNE_MINUTES = 20.0, 5.0
@@ -75,16 +75,6 @@ class Methods(FewLabels):
         bench = self.bench(dataset, 1, self.minutes)
         folder = bench.folder_of(self.pretrain(dataset, method))
         return str(bench.model(folder, METHODS[method], PLANS) / f"fold_{FOLD}" / "checkpoint_final.pth")
-
-
-def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[float]]]:
-    """Dice of every seed, by task (``dataset/labelled``) and arm."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for key, run in sorted(runs.items()):
-        parts = key.removeprefix(prefix).split("/")
-        if key.startswith(prefix) and len(parts) == 4:
-            found.setdefault("/".join(parts[:2]), {}).setdefault(parts[3], []).append(run["dice"]["mean"])
-    return found
 
 
 def report(runs: Mapping[str, Any], prefix: str) -> str:

@@ -9,7 +9,7 @@ import argparse
 import ctypes
 import json
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,10 +29,20 @@ def measure_training_memory(
         RuntimeError: the process died, most likely because memory ran out.
         OSError: this system cannot reset the peak (only Linux can).
     """
+    return in_fresh_process(
+        _training_steps, dict(arch_kwargs), tuple(patch_size), input_channels, num_classes, batch_size
+    )
+
+
+def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What a function of a module returns in a new process.
+
+    Raises:
+        RuntimeError: the process died, most likely because memory ran out.
+    """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    arguments = (send, dict(arch_kwargs), tuple(patch_size), input_channels, num_classes, batch_size)
-    process = context.Process(target=_training_steps, args=arguments)
+    process = context.Process(target=_answer, args=(send, function, arguments))
     process.start()
     send.close()
     try:
@@ -44,9 +54,27 @@ def measure_training_memory(
         process.join()
 
 
+def _answer(send: Connection, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    send.send(function(*arguments))
+    send.close()
+
+
+def peak_growth(work: Callable[[], object]) -> int:
+    """Bytes by which the peak resident memory of this process grows during a call.
+
+    Raises:
+        OSError: this system cannot reset the peak (only Linux can).
+    """
+    before = _status_bytes("VmRSS")
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as handle:
+        handle.write("5")  # resets the peak, VmHWM (man 5 proc)
+    work()
+    return _status_bytes("VmHWM") - before
+
+
 def _training_steps(
-    send: Connection, arch_kwargs: dict[str, Any], patch: tuple[int, ...], channels: int, classes: int, batch: int
-) -> None:
+    arch_kwargs: dict[str, Any], patch: tuple[int, ...], channels: int, classes: int, batch: int
+) -> int:
     import numpy as np
     import torch
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
@@ -76,12 +104,7 @@ def _training_steps(
     token = [arch_kwargs["token_size"]] * len(patch)
     small = {**arch_kwargs, "embed_dim": 48, "depth": 1, "num_heads": 3}
     steps(tuple(token), **small)  # libraries load their kernels in the first step; that memory is not the network's
-    before = _status_bytes("VmRSS")
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as handle:
-        handle.write("5")  # resets the peak, VmHWM (man 5 proc)
-    steps(patch, **arch_kwargs)
-    send.send(_status_bytes("VmHWM") - before)
-    send.close()
+    return peak_growth(lambda: steps(patch, **arch_kwargs))
 
 
 def _status_bytes(key: str) -> int:
