@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Results, parser, provenance, say, table
 from nnunet_umit.architectures.encoder import SIZES
+from nnunet_umit.plans import layout
 
 CLAIM = "expected cost of training steps on a GPU; arithmetic, not measured"
 TFLOPS = 989.0
@@ -36,7 +37,9 @@ def operations(size: str, patch: tuple[int, ...], spacing: tuple[float, ...], to
     from nnunet_umit.config import UMITConfig
     from nnunet_umit.plans.memory import predict_training_memory
 
+    channels = layout.CHANNELS_OF_SMALLEST if size == "XS" else layout.CHANNELS
     arch = {"spacing": list(spacing), "token_size": token, "stem": "conv", **SIZES[size]}
+    arch |= {"stem_channels": list(channels), "decoder_channels": list(channels)}
     found: dict[str, Any] = {"tokens": 0}
     with torch.device("meta"):
         masked = MaskedAutoencoder.from_arch_kwargs(1, arch, UMITConfig().pretrain)

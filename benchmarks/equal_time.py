@@ -54,7 +54,7 @@ def edit_plans(
 
     Args:
         umit: ``{"finetune.learning_rate": 0.001, ...}``, keys below ``configurations.<configuration>.umit``, or
-            ``{"architecture.depth": 6, ...}``, arguments of the network.
+            ``{"architecture.depth": 6, ...}``, arguments of the network, or ``{"configuration.patch_size": [...]}``.
     """
     plans = json.loads((base / f"{source}.json").read_text(encoding="utf-8"))
     plans["plans_name"] = target
@@ -63,12 +63,12 @@ def edit_plans(
         chosen["batch_size"] = batch_size
     for key, value in (umit or {}).items():
         section, _, name = key.partition(".")
-        if section == "architecture" and name in chosen["architecture"]["arch_kwargs"]:
-            chosen["architecture"]["arch_kwargs"][name] = value
-            continue
-        if not name or section not in chosen.get("umit", {}):
+        sections = {**chosen.get("umit", {}), "configuration": chosen}
+        if "architecture" in chosen:
+            sections["architecture"] = chosen["architecture"]["arch_kwargs"]
+        if section not in sections or (section not in chosen.get("umit", {}) and name not in sections[section]):
             raise ValueError(f"{key!r} is not a key below the umit block of {source}; use e.g. finetune.learning_rate")
-        chosen["umit"][section][name] = value
+        sections[section][name] = value
     write_json(base / f"{target}.json", plans)
 
 

@@ -149,8 +149,7 @@ def _accuracy(task: str) -> str:
     return accuracy.report(runs_of("accuracy"), prefix) + _picture(f"accuracy_{task}", f"Dice against minutes, {task}")
 
 
-def _hippocampus_hour() -> str:
-    prefix = "full/hippocampus/fold0/60min/"
+def _other_accuracy(prefix: str) -> str:
     return accuracy.report(runs_of("accuracy"), prefix) if accuracy.gathered(runs_of("accuracy"), prefix) else ""
 
 
@@ -191,7 +190,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo": lambda: _one("demo", demo),
     "arithmetic": lambda: _one("arithmetic", arithmetic),
     "accuracy_hippocampus": lambda: _accuracy("hippocampus"),
-    "accuracy_hour": _hippocampus_hour,
+    "accuracy_hour": lambda: _other_accuracy("full/hippocampus/fold0/60min/"),
+    "tuning_hippocampus": lambda: _other_accuracy("full/hippocampus/fold1/5min/"),
+    "tuning_acdc": lambda: _other_accuracy("full/acdc/fold1/10min/"),
     "accuracy_acdc": lambda: _accuracy("acdc"),
     "label_efficiency": lambda: _with_runs("label_efficiency", label_efficiency, "full/fold0/60min+5min/"),
     "pretraining_methods": lambda: _with_runs("pretraining_methods", pretraining_methods, "full/fold0/20min+5min/"),

@@ -1,0 +1,161 @@
+"""The benchmarks of single steps, predictions and growth: their networks, losses, sizes and bookkeeping."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import arithmetic, demo, finetune_step, mae_step, peers, scaling, step_memory, timed_predict
+from nnunet_umit.architectures.encoder import SIZES
+from nnunet_umit.plans import layout
+from nnunet_umit.spacing import token_grid
+
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+# ------------------------------------------------------------------------------------------------------- steps
+def test_the_three_networks_are_the_stock_ones():
+    plan = finetune_step.NNUNET_PLAN
+    parameters = sum(parameter.numel() for parameter in finetune_step.build(plan).parameters())
+    assert parameters == 5_603_177, "PlainConvUNet of nnU-Net's default plan for 206 hippocampi"
+    primus = peers.primus_s(plan["patch_size"], finetune_step.CLASSES)
+    assert sum(parameter.numel() for parameter in primus.parameters()) == 23_285_955
+
+
+def test_the_umit_plan_of_the_benchmark_is_a_valid_plan():
+    network: Any = finetune_step.build(finetune_step.UMIT_PLAN)
+    assert network.decoder.deep_supervision
+    assert finetune_step.UMIT_PLAN["patch_size"] == finetune_step.NNUNET_PLAN["patch_size"]
+    kwargs = finetune_step.UMIT_PLAN["architecture"]["arch_kwargs"]
+    assert tuple(kwargs["stem_channels"]) == tuple(kwargs["decoder_channels"]) == layout.CHANNELS_OF_SMALLEST
+    assert {name: kwargs[name] for name in SIZES["XS"]} == SIZES["XS"], "the planner has moved on: update UMIT_PLAN"
+
+
+def test_a_fine_tuning_step_trains_all_parameters():
+    kwargs = finetune_step.UMIT_PLAN["architecture"]["arch_kwargs"] | TINY
+    plan = {"architecture": finetune_step.UMIT_PLAN["architecture"] | {"arch_kwargs": kwargs}}
+    torch.manual_seed(0)
+    network = finetune_step.build(plan)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    finetune_step.make_step("UMIT", network, 2, [16, 16, 16], {"weight_decay": 0.05})()
+    same = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
+    assert [name for name in same if "head2" not in name] == [], "the coarsest head has weight 0 in nnU-Net's loss"
+
+
+def test_optimisers_are_those_of_the_trainers():
+    network = nn.Linear(2, 2)
+    stock, clip = finetune_step.optimiser("PlainConvUNet", network, {})
+    assert isinstance(stock, torch.optim.SGD) and clip == 12.0
+    primus, clip = finetune_step.optimiser("Primus-S", network, {})
+    assert isinstance(primus, torch.optim.AdamW) and clip == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- MAE
+def test_the_target_for_monai_is_ours():
+    image = torch.randn(2, 1, 16, 24, 16)
+    grid = token_grid((16, 24, 16), [(1.0, 1.0, 1.0)], mae_step.TOKEN, "relative")
+    assert torch.equal(mae_step.patchify(image), grid.patchify(image))
+
+
+def test_the_loss_for_monai_counts_hidden_tokens_only():
+    image = torch.randn(1, 1, 16, 16, 16)
+    mask = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 0]])
+    prediction = torch.zeros(1, 8, 512)
+    assert mae_step.monai_loss((prediction, mask), image).item() == pytest.approx(1.0, abs=1e-3)
+    prediction[:, 1] = 1e6
+    assert mae_step.monai_loss((prediction, mask), image).item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_an_mae_step_of_ours_changes_the_encoder(stem):
+    torch.manual_seed(0)
+    decoder = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 2}
+    network: Any = mae_step.build_ours(stem, TINY, decoder)
+    weight = network.encoder.transformer.blocks[0].attn.qkv.weight
+    before = weight.detach().clone()
+    image = torch.randn(2, 1, 16, 16, 16)
+    mae_step.make_step(network, lambda: network(image).loss)()
+    assert not torch.equal(weight, before)
+
+
+def test_sizes_compared_are_those_of_the_claim():
+    for tokens, size in mae_step.IMAGES.items():
+        assert token_grid(size, [(1.0, 1.0, 1.0)], mae_step.TOKEN, "relative").tokens == tokens
+
+
+def test_missing_monai_is_installed_beside_the_environment(tmp_path, monkeypatch):
+    if importlib.util.find_spec("monai") is not None:
+        pytest.skip("MONAI is installed in this environment")
+    monkeypatch.setenv("UMIT_MONAI", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def install(command: list[str], check: bool) -> None:
+        assert check and "--no-deps" in command and command[-1] == peers.MONAI
+        package = Path(command[command.index("--target") + 1]) / "monai"
+        package.mkdir()
+        (package / "__init__.py").write_text("here = 1")
+
+    monkeypatch.setattr(peers.subprocess, "run", install)
+    assert peers.import_monai("monai").here == 1
+    monkeypatch.delitem(sys.modules, "monai")
+
+
+def test_memory_of_a_step_is_that_of_its_tensors():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux can reset the peak")
+    megabytes = step_memory.peak_memory("tests.test_step_benchmarks:fill", 200, threads=1) / 1e6
+    assert 195 < megabytes < 230
+
+
+def fill(megabytes: int) -> Any:
+    """A "training step" that touches so much memory, in a process of its own."""
+    return lambda: torch.ones(megabytes * 250_000)
+
+
+def test_operations_grow_with_the_patch():
+    small, large = (arithmetic.operations("XS", (side, 32, 32), (1.0, 1.0, 1.0), 8) for side in (32, 64))
+    assert (small["tokens"], large["tokens"]) == (64, 128)
+    for kind in ("pretrain", "finetune"):
+        assert 1.9 < large[kind] / small[kind] < 2.2
+    assert small["pretrain"] < small["finetune"] and small["sample_bytes"] < large["sample_bytes"]
+
+
+def test_the_demo_says_which_arm_is_ahead():
+    steps = {"finetune_steps": 70, "pretrain_steps": 220}
+    dice = {"from scratch": {"mean": 0.7}, "pre-trained": {"mean": 0.6}}
+    run = {"steps": steps, "dice": dice, "test_cases": 4, "wall_s": 330.0}
+    assert "ended behind the one from scratch: mean Dice 0.600 against 0.700" in demo.report(run)
+    dice["pre-trained"]["mean"] = 0.8
+    assert "ended ahead of the one" in demo.report(run) and "5.5 minutes" in demo.report(run)
+
+
+# ----------------------------------------------------------------------------------------------------- scaling
+def test_a_volume_keeps_its_size_in_millimetres_and_its_tokens_at_every_level():
+    for level in scaling.LEVELS:
+        size, spacing = scaling.volume_at(level)
+        assert tuple(n * mm for n, mm in zip(size, spacing, strict=True)) == scaling.VOLUME_MM
+        assert token_grid(size, [spacing], 8, "relative").tokens == 8 * 12 * 12
+
+
+def test_a_synthetic_corpus_gives_batches(tmp_path):
+    batch = scaling.open_corpus(str(scaling.make_corpus(tmp_path, 20)))()
+    assert batch["data"].shape[:2] == (4, 4) and len(set(batch["groups"])) == 1
+    assert len(list((tmp_path / "images").iterdir())) == 20
+
+
+# -------------------------------------------------------------------------------------------------- prediction
+def test_the_stop_watch_gives_every_second_to_the_innermost_part(monkeypatch):
+    clock = iter([10.0, 12.0, 15.0, 16.0])  # export begins, resampling begins, ends, export ends
+    monkeypatch.setattr(timed_predict.time, "time", lambda: next(clock))
+    watch = timed_predict.StopWatch(started=4.0)
+    resampling = watch.timing("resampling", lambda: None)
+    watch.timing("export", resampling)()
+    assert watch.seconds == dict.fromkeys(timed_predict.PARTS, 0.0) | {
+        "start-up": 6.0, "export": 3.0, "resampling": 3.0,
+    }  # fmt: skip
