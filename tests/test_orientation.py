@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
 from nnunet_umit.config import UMITConfig
 from nnunet_umit.plans import orientation as module
-from nnunet_umit.plans.orientation import Orientation, centres, orientation, read_orientation
+from nnunet_umit.plans.orientation import Orientation, centres, orientation
 
 SHAPE = (8, 20, 16)
 
@@ -67,38 +64,5 @@ def test_axes_within_slices() -> None:
     assert Orientation((0, 2), ("x",)).of_slices() == Orientation((1,), ("x",))
 
 
-class Reader:
-    """Stands in for nnU-Net's: the path is the label."""
-
-    read: list[Any] = []
-
-    def read_seg(self, label: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        self.read.append(label)
-        return label[None], {}
-
-
-def test_labels_are_read_in_the_axes_of_the_plans_and_only_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reader, "read", [])
-    dataset = {f"case{number}": {"label": heart(2)} for number in range(100)}
-    labels = {"background": 0, "left": 1, "right": [2], "ignore": 3}
-    assert read_orientation(dataset, labels, Reader, (2, 0, 1)).mirrored == (1, 2)
-    assert module.CASES // 2 < len(Reader.read) <= module.CASES
-    monkeypatch.setattr(Reader, "read", [])
-    assert read_orientation(dataset, {"background": 0, "body": 1}, Reader, (0, 1, 2)) == Orientation((0, 1, 2))
-    assert Reader.read == []
-
-
 def test_the_plan_takes_it() -> None:
     assert UMITConfig.for_size("XS", mirror_axes=(2,)).to_dict()["finetune"]["mirror_axes"] == [2]
-
-
-def test_real_labels(real_data: Path) -> None:
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
-    expected = {"Dataset004_Hippocampus": (2,), "Dataset027_ACDC": (0, 1), "Dataset122_BraTS2013mini": (0, 1, 2)}
-    labels = {"Dataset004_Hippocampus": 2, "Dataset027_ACDC": 3, "Dataset122_BraTS2013mini": 3}
-    for name, mirrored in expected.items():
-        files = sorted((real_data / name / "labelsTr").iterdir())
-        dataset = {file.name: {"label": str(file)} for file in files}
-        names = {str(value): value for value in range(1, labels[name] + 1)}
-        assert read_orientation(dataset, names, SimpleITKIO, (0, 1, 2)).mirrored == mirrored

@@ -25,6 +25,7 @@ from nnunet_umit.config import get_umit_config
 from nnunet_umit.plans import layout, report, sizing
 from nnunet_umit.plans import planner as planner_module
 from nnunet_umit.plans.integrity import BadImageError
+from nnunet_umit.plans.labels import Foreground
 from nnunet_umit.plans.memory import TrainingMemory, predict_training_memory
 from nnunet_umit.plans.orientation import Orientation
 from nnunet_umit.plans.planner import UMITPlanner, UMITPlannerB, UMITPlannerL, UMITPlannerS
@@ -144,6 +145,8 @@ def invent(nnunet_env: Any, make_dataset: Callable[..., Path], monkeypatch: pyte
     """Makes a tiny raw dataset whose fingerprint claims any shape and spacing (reader order); returns its name."""
     # nnU-Net lists the files with twelve processes; one case is enough to find the reader.
     monkeypatch.setattr(default_experiment_planner, "get_filenames_of_train_images_and_targets", _first_case)
+    # The labels are those of the tiny images, not of the invented ones: they say nothing here.
+    monkeypatch.setattr(planner_module, "read_foreground", lambda *_: Foreground(Orientation((0, 1, 2))))
 
     def invent(
         shape: tuple[int, ...], spacing: tuple[float, ...], cases: int = 100, channel_names: tuple[str, ...] = ("MRI",)
@@ -252,23 +255,31 @@ def test_thick_slices_last_are_transposed_to_the_front(invent: Callable[..., str
 
 
 @pytest.mark.usefixtures("cheap_memory")
-def test_axes_along_which_labels_keep_their_order_are_not_mirrored(
+def test_labels_decide_what_is_mirrored_and_how_far_a_patch_reaches(
     invent: Callable[..., str], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thick slices are the last axis of the files and the first of the plans; the labels follow each other along it."""
+    """A heart of 130 mm in 380 mm of chest; thick slices are the last axis of the files and the first of the plans."""
     name = invent((256, 224, 12), (1.5, 1.5, 8.0))
+    whole = UMITPlanner(name).plan_experiment()["configurations"]
     seen: list[Any] = []
 
-    def read(dataset: Any, labels: Any, reader: type, transpose: Any) -> Orientation:
+    def read(dataset: Any, labels: Any, reader: type, transpose: Any) -> Foreground:
         seen.append((list(dataset), list(transpose)))
-        return Orientation((0, 2), ("one comes before two along axis 1",))
+        orientation = Orientation((0, 2), ("one comes before two along axis 1",))
+        return Foreground(orientation, ((90.0, 120.0, 105.0),), ((8.0, 1.5, 1.5),))
 
-    monkeypatch.setattr(planner_module, "read_orientation", read)
-    plans = UMITPlanner(name).plan_experiment()
+    monkeypatch.setattr(planner_module, "read_foreground", read)
+    plans = UMITPlanner(name).plan_experiment()["configurations"]
     assert seen == [(["case_000"], [2, 0, 1])], "read once, in the axes of the plans"
-    axes = {name: each["umit"]["finetune"]["mirror_axes"] for name, each in plans["configurations"].items()}
+    axes = {name: each["umit"]["finetune"]["mirror_axes"] for name, each in plans.items()}
     assert axes == {"3d_fullres": [0, 2], "2d": [1], "3d_native": [0, 2]}
-    assert "Not mirrored there: one comes before two along axis 1." in plans["configurations"]["2d"]["umit"]["why"]
+    assert "Not mirrored there: one comes before two along axis 1." in plans["2d"]["umit"]["why"]
+    for configuration, planned in plans.items():
+        token = planned["architecture"]["arch_kwargs"]["token_size"]
+        assert token == whole[configuration]["architecture"]["arch_kwargs"]["token_size"]
+        wanted = [math.ceil(voxels / token) * token for voxels in (2 * 120 / 1.5, 2 * 105 / 1.5)]
+        assert planned["patch_size"][-2:] == wanted < whole[configuration]["patch_size"][-2:]
+        assert len(planned["patch_size"]) == 2 or planned["patch_size"][0] == whole[configuration]["patch_size"][0]
 
 
 @pytest.mark.usefixtures("cheap_memory")

@@ -38,6 +38,7 @@ class Task:
         median_shape: voxels of the median image at that spacing.
         dataset_voxels: voxels of all training images together.
         target_bytes: memory that a training step may take.
+        reach: voxels per axis that a patch need not exceed, because no label lies further; None: the whole image.
     """
 
     spacing: tuple[float, ...]
@@ -46,6 +47,7 @@ class Task:
     input_channels: int
     num_classes: int
     target_bytes: float
+    reach: tuple[float, ...] | None = None
 
     @property
     def anisotropy(self) -> Anisotropy:
@@ -66,7 +68,8 @@ class Task:
         return sizing.choose_size(tokens, base_fits)
 
     def layout(self, size: str, token_size: int | None = None) -> Layout:
-        """Token and patch for a network size: first what 8-voxel tokens would lead to, then the token that suits it.
+        """Token and patch for a network size: first what 8-voxel tokens would lead to on whole images, then the token
+        that suits that, and the patch that reaches as far as the labels need.
 
         Args:
             token_size: use this one, whatever suits.
@@ -75,9 +78,11 @@ class Task:
             ValueError: not even one token per axis fits the memory target.
         """
         if token_size is None:
-            unlimited = self._fit(size, sizing.DEFAULT_TOKEN_SIZE, math.inf)
+            unlimited = self._fit(size, sizing.DEFAULT_TOKEN_SIZE, math.inf, self.median_shape)
             token_size = sizing.choose_token_size(unlimited.patch, self.anisotropy)
-        return self._fit(size, token_size, sizing.token_limit(self.anisotropy))
+        reach = self.reach or self.median_shape
+        needed = tuple(min(pair) for pair in zip(self.median_shape, reach, strict=True))
+        return self._fit(size, token_size, sizing.token_limit(self.anisotropy), needed)
 
     def batch_size(self, layout: Layout) -> int:
         """Samples per step for a layout."""
@@ -103,15 +108,16 @@ class Task:
             "checkpointing": False,
         }
 
-    def _fit(self, size: str, token_size: int, limit: float) -> Layout:
-        """The largest patch of a token size that holds at most `limit` tokens and fits memory at the smallest batch.
+    def _fit(self, size: str, token_size: int, limit: float, shape: tuple[float, ...]) -> Layout:
+        """The largest patch of a token size, up to `shape`, that holds at most `limit` tokens and fits memory at the
+        smallest batch.
 
         One prediction serves the whole search: activations grow with the voxels of a patch (a test holds that to 2 %).
         """
         token = sizing.token_shape(token_size, self.anisotropy)
         arch_kwargs = self.arch_kwargs(size, token_size)
         most = sizing.token_limit(self.anisotropy)
-        probe = sizing.fit_patch(self.median_shape, token, lambda patch: sizing.count_tokens(patch, token) <= most)
+        probe = sizing.fit_patch(shape, token, lambda patch: sizing.count_tokens(patch, token) <= most)
         memory = self._predict(arch_kwargs, probe)
 
         def needed(patch: sizing.Shape) -> int:
@@ -121,7 +127,7 @@ class Task:
             return sizing.count_tokens(patch, token) <= limit and needed(patch) <= self.target_bytes
 
         try:
-            patch = sizing.fit_patch(self.median_shape, token, fits)
+            patch = sizing.fit_patch(shape, token, fits)
         except ValueError as error:
             raise ValueError(
                 f"size {size} needs {needed(token) / GB:.2g} GB for a patch of one token {token} at batch "

@@ -76,10 +76,15 @@ def native_configuration(configuration: dict[str, Any], extent: NativeExtent) ->
     }
 
 
+def thick_first(spacing: Sequence[float], values: Sequence[float]) -> list[float]:
+    """Values per axis, that of the thick axis first."""
+    others = list(values)
+    return [others.pop(thick_axis(spacing)), *others]
+
+
 def _extent(spacing: Sequence[float], shape: Sequence[float]) -> list[float]:
     """Millimetres of an image along its thick axis and the two others."""
-    millimetres = [step * size for step, size in zip(spacing, shape, strict=True)]
-    return [millimetres.pop(thick_axis(spacing)), *millimetres]
+    return thick_first(spacing, [step * size for step, size in zip(spacing, shape, strict=True)])
 
 
 def crop_shape(patch: Sequence[int], planned: Anisotropy, spacing: Sequence[float]) -> tuple[int, int, int]:

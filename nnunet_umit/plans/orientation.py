@@ -11,11 +11,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-CASES = 24  # labels that are looked at, evenly spaced
 FEWEST = 5  # cases that must hold both classes of a pair
 CONSISTENT = 0.95  # share of the cases that must agree
 APART = 0.15  # median distance of the centres, as a share of the foreground's extent
@@ -31,26 +29,6 @@ class Orientation:
     def of_slices(self) -> Orientation:
         """The same for images (H, W) within the first axis."""
         return Orientation(tuple(axis - 1 for axis in self.mirrored if axis > 0), self.why)
-
-
-def read_orientation(
-    dataset: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Any], reader: type, transpose: Sequence[int]
-) -> Orientation:
-    """Look at some labels of a raw dataset; with fewer than two classes none is opened.
-
-    Args:
-        dataset: cases as nnU-Net lists them, each with the path of its ``label``.
-        labels: of dataset.json; regions are lists.
-        reader: nnU-Net's reader class for these files.
-        transpose: axes of the file in the order of the plans.
-    """
-    classes = {name: value for name, value in labels.items() if name not in ("background", "ignore") and value != 0}
-    if len(classes) < 2:
-        return Orientation((0, 1, 2))
-    files = [case["label"] for case in dataset.values()]
-    chosen = files[:: -(-len(files) // CASES)]
-    maps = (reader().read_seg(file)[0][0].transpose(transpose) for file in chosen)
-    return orientation(list(classes), [centres(label, list(classes.values())) for label in maps])
 
 
 def centres(label: np.ndarray, classes: Sequence[int | Sequence[int]]) -> dict[int, np.ndarray]:

@@ -23,10 +23,10 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_umit.plans import report
 from nnunet_umit.plans.configuration import NETWORK, SMALL_PATCH, plan_configuration
+from nnunet_umit.plans.labels import Foreground, read_foreground
 from nnunet_umit.plans.layout import Task
 from nnunet_umit.plans.memory import GB
 from nnunet_umit.plans.native import THICKEN, native_configuration, representative
-from nnunet_umit.plans.orientation import Orientation, read_orientation
 from nnunet_umit.plans.sizing import SizeChoice
 
 PLANNED = ("3d_fullres", "2d", "3d_native")
@@ -62,7 +62,7 @@ class UMITPlanner(ExperimentPlanner):
         )
         self.lowres_creation_threshold = 0.0  # no 3d_lowres, hence no cascade
         self._choice: SizeChoice | None = None  # made for the first configuration, kept for the others
-        self._orientation: Orientation | None = None  # read once
+        self._foreground: Foreground | None = None  # read once
 
     def plan_experiment(self) -> dict[str, Any]:
         """Plan as nnU-Net does, then print a table and the next commands instead of nnU-Net's "U-Net" printout."""
@@ -86,7 +86,8 @@ class UMITPlanner(ExperimentPlanner):
     ) -> dict[str, Any]:
         """One configuration. `spacing` (mm) and `median_shape` (voxels) are already transposed, depth first; two values
         mean 2D. nnU-Net calculates with the returned spacing, so it stays an array."""
-        task = self._task(spacing, median_shape, approximate_n_voxels_dataset)
+        reach = self._labelled().reach([float(value) for value in spacing])
+        task = self._task(spacing, median_shape, approximate_n_voxels_dataset, reach)
         data, data_kwargs, seg, seg_kwargs = self.determine_resampling()
         probabilities, probabilities_kwargs = self.determine_segmentation_softmax_export_fn()
         return {
@@ -116,21 +117,21 @@ class UMITPlanner(ExperimentPlanner):
         extent = representative(spacings.tolist(), shapes.tolist())
         voxels = float(shapes.prod(1).mean()) * self.dataset_json["numTraining"]
         configuration = self._configuration(
-            self._task(extent.spacing, extent.shape, voxels),
+            self._task(extent.spacing, extent.shape, voxels, self._labelled().native_reach(extent.spacing)),
             self.generate_data_identifier("3d_native"),
             thicken=THICKEN,
             token_size=resampled["architecture"]["arch_kwargs"]["token_size"],
         )
         return native_configuration(configuration, extent)
 
-    def _orientation_of_labels(self) -> Orientation:
-        if self._orientation is None:
+    def _labelled(self) -> Foreground:
+        if self._foreground is None:
             forward, _ = self.determine_transpose()
             labels, reader = self.dataset_json["labels"], self.determine_reader_writer()
-            self._orientation = read_orientation(self.dataset, labels, reader, forward)
-        return self._orientation
+            self._foreground = read_foreground(self.dataset, labels, reader, forward)
+        return self._foreground
 
-    def _task(self, spacing: Any, median_shape: Any, dataset_voxels: float) -> Task:
+    def _task(self, spacing: Any, median_shape: Any, dataset_voxels: float, reach: tuple[float, ...] | None) -> Task:
         classes, channels = self._heads_and_channels()
         return Task(
             spacing=tuple(float(value) for value in spacing),
@@ -139,12 +140,13 @@ class UMITPlanner(ExperimentPlanner):
             input_channels=channels,
             num_classes=classes,
             target_bytes=self.UNet_vram_target_GB * GB,
+            reach=reach,
         )
 
     def _configuration(self, task: Task, data_identifier: str, **options: Any) -> dict[str, Any]:
         """What every configuration has: network, patch, batch, normalisation and the umit block."""
         normalisation, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
-        orientation = self._orientation_of_labels()
+        orientation = self._labelled().orientation
         return plan_configuration(
             task,
             self._size_for(task),
