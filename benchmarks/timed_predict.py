@@ -63,6 +63,7 @@ def main() -> None:
     predictor = stock.nnUNetPredictor
     sequential = predictor.predict_from_files_sequential
 
+    @functools.wraps(sequential)  # it looks up its own signature
     def begin(self: Any, *given: Any, **named: Any) -> Any:
         watch.switch(time.time())
         watch.open[0] = "rest"
