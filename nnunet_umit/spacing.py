@@ -17,6 +17,7 @@ from typing import Any
 MAX_RATIO = 32.0
 MAX_LEVEL = 5
 PLANAR_RATIO = 100.0
+RATIO_DIGITS = 6  # spacings that were calculated (oblique headers, zooms) are a hair off; 3.9999999 must be level 2
 
 Size3 = tuple[int, int, int]
 
@@ -56,9 +57,10 @@ class Anisotropy:
         values = [float(value) for value in spacing]
         if len(values) not in (2, 3) or any(not math.isfinite(value) or value <= 0 for value in values):
             raise ValueError(f"spacing {list(spacing)} must be two or three positive numbers in mm (depth first)")
-        if len(values) == 2 or values[0] >= PLANAR_RATIO * min(values[1:]):
+        if len(values) == 2:
             return cls(math.inf)
-        return cls(min(max(values[0] / min(values[1:]), 1.0), MAX_RATIO))
+        ratio = float(f"{values[0] / min(values[1:]):.{RATIO_DIGITS}g}")
+        return cls(math.inf if ratio >= PLANAR_RATIO else min(max(ratio, 1.0), MAX_RATIO))
 
     @classmethod
     def from_spacings(cls, spacings: Sequence[Sequence[float]]) -> Anisotropy:

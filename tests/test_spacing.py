@@ -47,7 +47,18 @@ def test_level_is_monotone_and_free_of_units(depth: float, height: float, width:
     one = Anisotropy.from_spacing((depth, height, width))
     assert Anisotropy.from_spacing((depth * 2, height, width)).level >= one.level
     other = Anisotropy.from_spacing((depth * scale, height * scale, width * scale))
-    assert math.isclose(other.ratio, one.ratio, rel_tol=1e-9)
+    assert math.isclose(other.ratio, one.ratio, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "level"), [((20.0, 1.0, 0.2), 5), ((4.8, 0.6, 0.6), 3), ((3.6, 0.9, 0.9), 2), ((2.2, 1.1, 1.1), 1)]
+)
+def test_a_calculated_spacing_has_the_level_of_the_exact_one(spacing: tuple[float, float, float], level: int) -> None:
+    exact = Anisotropy.from_spacing(spacing)
+    assert exact.level == level
+    for factor in (1 + 1e-8, 1 - 1e-8):
+        assert Anisotropy.from_spacing((spacing[0] * factor, *spacing[1:])) == exact
+    assert Anisotropy.from_spacing([value * 0.1875 for value in spacing]) == exact
 
 
 @given(ratios, st.sampled_from([4, 8, 16]))
