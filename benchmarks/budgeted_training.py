@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import say, write_json
 
-PROBE_FIRST_STEPS = 3
+PROBE_STEPS = 3  # of each of its two epochs, or more where they fit; the faster epoch counts
 _PROC = Path("/proc")
 
 
@@ -125,7 +125,9 @@ class BudgetMixin:
         remaining_epochs = self.num_epochs - self.current_epoch
         remaining_s = self.budget_s - (now - self._started)
         fitting = iterations_that_fit(remaining_s, remaining_epochs, self.step_s, self.overhead_s)
-        self.num_iterations_per_epoch = PROBE_FIRST_STEPS if self.probe and self.current_epoch == 0 else fitting
+        if self.probe:
+            fitting = PROBE_STEPS if self.current_epoch == 0 else max(fitting, PROBE_STEPS)
+        self.num_iterations_per_epoch = fitting
         self._epoch_started = now
         super().on_epoch_start()  # type: ignore[misc]
 
@@ -235,7 +237,7 @@ def train(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
         "patch_size": [int(size) for size in trainer.configuration_manager.patch_size],
         "parameters": sum(parameter.numel() for parameter in trainer.network.parameters()),
         "train_losses": [float(loss) for loss in trainer.logger.get_value("train_losses", step=None)],
-        "last_step_s": epochs[-1]["steps_s"] / epochs[-1]["iterations"],
+        "step_s": min(epoch["steps_s"] / epoch["iterations"] for epoch in epochs),
         "last_overhead_s": epochs[-1]["overhead_s"],
         "checkpoint": str(Path(trainer.output_folder) / "checkpoint_final.pth"),
         "finished": not job["validate"],

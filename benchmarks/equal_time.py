@@ -295,7 +295,7 @@ class Bench:
             found = self.train(
                 folder, f"{name}_probe", trainer=trainer, plans=target, budget_s=probe_s, epochs=2, probe=True
             )
-            step_s, overhead_s = found["last_step_s"], found["last_overhead_s"]
+            step_s, overhead_s = found["step_s"], found["last_overhead_s"]
             epochs = epochs_for(seconds / step_s)
         iterations = max(1, round((seconds / epochs - overhead_s) / step_s))
         if name != "stock":

@@ -26,6 +26,7 @@ from benchmarks import (
     label_efficiency,
     mae_step,
     native_spacing,
+    planning,
     predict,
     pretraining_methods,
     scaling,
@@ -34,7 +35,7 @@ from benchmarks import (
 )
 from benchmarks.common import REPOSITORY, Results, say
 
-PAGES = ("README.md", "docs/gpu.md", "docs/results.md", "docs/soft_tokens.md")
+PAGES = ("README.md", "docs/gpu.md", "docs/planning.md", "docs/results.md", "docs/soft_tokens.md")
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 TOKENIZER = "full/fold0/20min/seed1/soft-alone"
 NOTHING = "Not measured yet."
@@ -188,6 +189,8 @@ def _prediction() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "demo": lambda: _one("demo", demo),
+    "plans": lambda: planning.report_plans(runs_of("planning"), "full"),
+    "plan_memory": lambda: planning.report_memory(runs_of("planning"), "full"),
     "arithmetic": lambda: _one("arithmetic", arithmetic),
     "accuracy_hippocampus": lambda: _accuracy("hippocampus"),
     "accuracy_hour": lambda: _other_accuracy("full/hippocampus/fold0/60min/"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from nnunet_umit.plans.measure import in_fresh_process, peak_growth
 
 STEPS = 2
 
@@ -46,3 +46,49 @@ def _measure(threads: int, builder: str, arguments: tuple[Any, ...]) -> int:
             step()
 
     return peak_growth(steps)
+
+
+def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What a function of a module returns in a new process.
+
+    Raises:
+        RuntimeError: the process died, most likely because memory ran out.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(send, function, arguments))
+    process.start()
+    send.close()
+    try:
+        return int(receive.recv())
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measuring process ended with exit code {process.exitcode}; see its message") from None
+    finally:
+        process.join()
+
+
+def _answer(send: Connection, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    send.send(function(*arguments))
+    send.close()
+
+
+def peak_growth(work: Callable[[], object]) -> int:
+    """Bytes by which the peak resident memory of this process grows during a call.
+
+    Raises:
+        OSError: this system cannot reset the peak (only Linux can).
+    """
+    before = _status_bytes("VmRSS")
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as handle:
+        handle.write("5")  # resets the peak, VmHWM (man 5 proc)
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as handle:
+        for line in handle:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

@@ -33,7 +33,7 @@ def main() -> None:
             continue
         shutil.rmtree(output, ignore_errors=True)
         Path(output).mkdir(parents=True)
-        predictor.predict_from_files_sequential(images, output)
+        predictor.predict_from_files_sequential(images, output, save_probabilities=True)
         (Path(output) / DONE).touch()
         say(f"{Path(output).name}: predicted")
 

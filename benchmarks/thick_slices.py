@@ -15,6 +15,7 @@ import numpy as np
 
 AXES = "xyz"
 NEARLY = 0.02  # share by which a spacing may differ from the one it is said to be
+MATCHING = 0.999  # share of voxels whose label must be the most probable class; ties and float16 cost a few
 
 
 class Condition(NamedTuple):
@@ -47,11 +48,10 @@ def thicken(volume: np.ndarray, axis: int, slices: int) -> np.ndarray:
     return _blocks(volume, axis, slices).mean(axis + 1, dtype=np.float64).astype(np.float32)
 
 
-def thicken_label(label: np.ndarray, axis: int, slices: int) -> np.ndarray:
-    """The label most voxels of a block have, the lower one of two that are equally frequent."""
-    blocks = _blocks(label, axis, slices)
-    counts = np.stack([(blocks == value).sum(axis + 1) for value in range(int(label.max()) + 1)])
-    return counts.argmax(0).astype(label.dtype)
+def class_shares(label: np.ndarray, classes: int, condition: Condition) -> np.ndarray:
+    """(X, Y, Z) -> (K, x, y, z): how much of every thick voxel belongs to each class; one-hot at 1 mm."""
+    hot = np.stack([label == value for value in range(classes)]).astype(np.float32)
+    return hot if condition.axis is None else np.stack([thicken(each, condition.axis, condition.mm) for each in hot])
 
 
 def _blocks(volume: np.ndarray, axis: int, slices: int) -> np.ndarray:
@@ -73,17 +73,41 @@ def thick_affine(affine: np.ndarray, axis: int, slices: int) -> np.ndarray:
     return affine @ step
 
 
-def repeat_back(prediction: np.ndarray, axis: int, slices: int, shape: Sequence[int]) -> np.ndarray:
-    """A prediction on the thick grid, brought to the original one: every slice is repeated, what was padded is cut.
+def repeat_back(prediction: np.ndarray, condition: Condition, shape: Sequence[int]) -> np.ndarray:
+    """Labels on the thick grid, brought to the original one: every slice is repeated, what was padded is cut.
 
     Raises:
         ValueError: the prediction does not have the shape of a thickened image of ``shape``.
     """
-    expected = [-(-size // slices) if each == axis else size for each, size in enumerate(shape)]
-    if list(prediction.shape) != expected:
-        raise ValueError(f"a prediction of shape {prediction.shape} is not on the thick grid {tuple(expected)}")
-    repeated = np.repeat(prediction, slices, axis)
-    return np.take(repeated, range(shape[axis]), axis)
+    _check_grid(prediction.shape, condition, shape)
+    if condition.axis is None:
+        return prediction
+    return np.take(np.repeat(prediction, condition.mm, condition.axis), range(shape[condition.axis]), condition.axis)
+
+
+def interpolate_back(probabilities: np.ndarray, condition: Condition, shape: Sequence[int]) -> np.ndarray:
+    """(K, x, y, z) on the thick grid -> the most probable class (X, Y, Z) on the original one.
+
+    Linear between the centres of the thick slices, constant beyond the outer ones.
+
+    Raises:
+        ValueError: as `repeat_back`.
+    """
+    _check_grid(probabilities.shape[1:], condition, shape)
+    if condition.axis is not None:
+        axis, last = condition.axis + 1, probabilities.shape[condition.axis + 1] - 1
+        place = np.clip((np.arange(shape[condition.axis]) + 0.5) / condition.mm - 0.5, 0, last)
+        lower = np.minimum(place.astype(int), max(last - 1, 0))
+        share = (place - lower).reshape([-1 if each == axis else 1 for each in range(4)])
+        upper = np.minimum(lower + 1, last)
+        probabilities = np.take(probabilities, lower, axis) * (1 - share) + np.take(probabilities, upper, axis) * share
+    return probabilities.argmax(0).astype(np.int16)
+
+
+def _check_grid(found: Sequence[int], condition: Condition, shape: Sequence[int]) -> None:
+    expected = tuple(-(-size // condition.mm) if axis == condition.axis else size for axis, size in enumerate(shape))
+    if tuple(found) != expected:
+        raise ValueError(f"a prediction of shape {tuple(found)} is not on the thick grid {expected}")
 
 
 def thicken_file(source: Path, target: Path, condition: Condition) -> None:
@@ -109,22 +133,26 @@ def thicken_file(source: Path, target: Path, condition: Condition) -> None:
     nibabel.save(made, target)
 
 
-def on_original_grid(prediction: np.ndarray, condition: Condition, shape: Sequence[int]) -> np.ndarray:
-    """A prediction of a condition on the 1 mm grid."""
-    axis, slices = (0, 1) if condition.axis is None else (condition.axis, condition.mm)
-    return repeat_back(prediction, axis, slices, shape)
-
-
-def through_the_grid(label: np.ndarray, condition: Condition) -> np.ndarray:
-    """The true label, forced onto the thick grid and back: a yardstick for what the grid itself costs."""
-    if condition.axis is None:
-        return label
-    return on_original_grid(thicken_label(label, condition.axis, condition.mm), condition, label.shape)
-
-
 def read_label(file: Path) -> np.ndarray:
     """A label map as integers; nibabel refuses a truncated file."""
     return np.asarray(nibabel.Nifti1Image.from_filename(file).dataobj).round().astype(np.int16)
+
+
+def read_probabilities(file: Path, labels: np.ndarray) -> np.ndarray:
+    """nnU-Net's ``.npz`` of a prediction as (K, x, y, z).
+
+    Args:
+        labels: (x, y, z), what nnU-Net wrote beside it; tells which of the two axis orders of its readers it has.
+
+    Raises:
+        ValueError: the labels are not the most probable classes in either order.
+    """
+    stored = np.load(file)["probabilities"].astype(np.float32)
+    for order in ((0, 1, 2, 3), (0, 3, 2, 1)):
+        turned = stored.transpose(order)
+        if turned.shape[1:] == labels.shape and (turned.argmax(0) == labels).mean() > MATCHING:
+            return turned
+    raise ValueError(f"{file.name} of shape {stored.shape} does not belong to labels of shape {labels.shape}")
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray, label: int) -> float:

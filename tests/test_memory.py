@@ -102,7 +102,7 @@ def test_unknown_precision_is_refused() -> None:
 @pytest.mark.end_to_end
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can reset the peak of a process")
 def test_prediction_against_the_peak_of_a_real_step() -> None:
-    from nnunet_umit.plans.measure import measure_training_memory
+    from benchmarks.plan_memory import measure_training_memory
 
     arch_kwargs = _arch_kwargs(SPACINGS["isotropic"])
     measured = measure_training_memory(arch_kwargs, (40, 56, 40), 1, 3, 2)

@@ -1,22 +1,17 @@
-"""Sizing rules on numbers, the planner on invented fingerprints, the preprocessor on damaged cases."""
+"""The planner on invented fingerprints."""
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import synthetic
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -24,12 +19,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_umit.config import get_umit_config
 from nnunet_umit.plans import layout, report, sizing
 from nnunet_umit.plans import planner as planner_module
-from nnunet_umit.plans.integrity import BadImageError
 from nnunet_umit.plans.labels import Foreground
 from nnunet_umit.plans.memory import TrainingMemory, predict_training_memory
 from nnunet_umit.plans.orientation import Orientation
 from nnunet_umit.plans.planner import UMITPlanner, UMITPlannerB, UMITPlannerL, UMITPlannerS
-from nnunet_umit.plans.preprocessor import UMITNativePreprocessor, UMITPreprocessor
 from nnunet_umit.spacing import Anisotropy
 
 ISOTROPIC, PLANAR = Anisotropy(1.0), Anisotropy(math.inf)
@@ -51,93 +44,6 @@ KEYS = {
     "architecture",
     "batch_dice",
 }
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rules
-
-
-@pytest.mark.parametrize(
-    ("median", "anisotropy", "expected"),
-    [
-        ((35, 50, 35), ISOTROPIC, 8),  # hippocampus: 175 tokens
-        ((24, 24, 24), ISOTROPIC, 4),  # 27 tokens of 8 would be too few
-        ((128, 128, 128), ISOTROPIC, 8),  # 4096, the limit itself
-        ((160, 160, 128), ISOTROPIC, 16),  # 6400
-        ((10, 256, 224), Anisotropy(6.4), 8),  # 4480: trimmed, not blurred
-        ((36, 256, 256), Anisotropy(6.16), 16),  # 18432
-        ((280, 235), PLANAR, 8),  # 1050
-        ((512, 512), PLANAR, 16),
-        ((50, 35), PLANAR, 4),
-    ],
-)
-def test_token_size(median: tuple[int, ...], anisotropy: Anisotropy, expected: int) -> None:
-    patch = sizing.pad_to_tokens(median, sizing.token_shape(8, anisotropy))
-    assert sizing.choose_token_size(patch, anisotropy) == expected
-
-
-def test_hippocampus_patch() -> None:
-    token = sizing.token_shape(8, ISOTROPIC)
-    patch = sizing.fit_patch((35, 50, 35), token, lambda patch: True)
-    assert (token, patch, sizing.count_tokens(patch, token)) == ((8, 8, 8), (40, 56, 40), 175)
-
-
-@settings(deadline=None)
-@given(
-    median=st.lists(st.floats(1, 400), min_size=3, max_size=3),
-    ratio=st.floats(1, 32),
-    token_size=st.sampled_from(sizing.TOKEN_SIZES),
-    voxels=st.integers(20_000, 10_000_000),
-)
-def test_patch_is_whole_tokens_within_the_median_and_fits(
-    median: list[float], ratio: float, token_size: int, voxels: int
-) -> None:
-    token = sizing.token_shape(token_size, Anisotropy(ratio))
-    patch = sizing.fit_patch(median, token, lambda patch: math.prod(patch) <= voxels)
-    assert math.prod(patch) <= voxels
-    assert all(size % step == 0 and size >= step for size, step in zip(patch, token, strict=True))
-    assert all(size - step < extent for size, extent, step in zip(patch, median, token, strict=True))
-
-
-def test_patch_keeps_the_proportions_of_the_image() -> None:
-    patch = sizing.fit_patch((400, 200, 100), (8, 8, 8), lambda patch: math.prod(patch) <= 1_000_000)
-    assert patch[0] / patch[1] == pytest.approx(2, rel=0.1) and patch[1] / patch[2] == pytest.approx(2, rel=0.1)
-
-
-def test_patch_that_never_fits() -> None:
-    with pytest.raises(ValueError, match=r"one token \(8, 8, 8\)"):
-        sizing.fit_patch((64, 64, 64), (8, 8, 8), lambda patch: False)
-
-
-def test_patch_smaller_than_a_token_is_refused() -> None:
-    sizing.check_patch((8, 16, 20), (8, 8, 8))
-    with pytest.raises(ValueError, match=r"\(4, 64, 64\) is smaller than one token \(8, 8, 8\) along axis 0 \(4 < 8\)"):
-        sizing.check_patch((4, 64, 64), (8, 8, 8))
-    with pytest.raises(ValueError, match="has 2 axes"):
-        sizing.check_patch((64, 64), (8, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("fitting", "voxels", "planar", "expected"),
-    [(9, 1e8, False, 4), (3, 1e8, False, 3), (0, 1e8, False, 2), (9, 1e6, False, 2), (99, 1e8, True, 16)],
-)
-def test_batch_size(fitting: int, voxels: float, planar: bool, expected: int) -> None:
-    assert sizing.choose_batch_size((32, 32, 32), voxels, fitting, planar) == expected
-
-
-def test_network_size_follows_the_data_and_says_why() -> None:
-    def never() -> bool:
-        raise AssertionError("memory is asked for although B is no candidate")
-
-    small, medium = sizing.choose_size(24_600, never), sizing.choose_size(3e6, never)
-    assert small.size == "XS" and "24.6 thousand tokens" in small.why
-    assert medium.size == "S" and "3 million" in medium.why
-    assert sizing.choose_size(1e9, lambda: True).size == "B"
-    without_memory = sizing.choose_size(1e9, lambda: False)
-    assert without_memory.size == "S" and "does not fit" in without_memory.why
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# planner
 
 
 @pytest.fixture
@@ -396,99 +302,3 @@ def test_stale_configurations_go_and_own_ones_stay(
     UMITPlanner(name).plan_experiment()
     assert set(load_json(str(file))["configurations"]) == {*planner_module.PLANNED, "grandchild", "child", "own"}
     assert "dropped" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# preprocessor
-
-
-@pytest.mark.parametrize(
-    ("corruption", "message"),
-    [
-        ("truncated", r"case_000_0000\.nii\.gz: truncated"),
-        ("empty", r"case_000_0000\.nii\.gz: the file is empty"),
-        ("nan", r"case_000_0000\.nii\.gz: voxel \(3, 3, 0\) \(x, y, z\) is nan"),
-        ("inf", r"case_000_0000\.nii\.gz: voxel \(4, 4, 0\) \(x, y, z\) is inf"),
-        ("constant", r"case_000_0000\.nii\.gz: every voxel has the same value"),
-        ("label", r"case_000\.nii\.gz: label value 7 in .* declares \[0, 1, 2\]"),
-    ],
-)
-def test_preprocessor_refuses_damaged_cases(make_dataset: Callable[..., Path], corruption: str, message: str) -> None:
-    plans, dataset_json = _small_plans()
-    damaged = make_dataset(cases=1, shape=(16, 16, 16), corruptions={0: corruption})
-    images, label = [str(damaged / "imagesTr" / "case_000_0000.nii.gz")], str(damaged / "labelsTr" / "case_000.nii.gz")
-    configuration = plans.get_configuration("3d_fullres")
-    with pytest.raises(BadImageError, match=message):
-        UMITPreprocessor(verbose=False).run_case(images, label, plans, configuration, dataset_json)
-
-
-def test_preprocessor_leaves_good_cases_to_nnunet(make_dataset: Callable[..., Path]) -> None:
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-
-    plans, dataset_json = _small_plans()
-    folder = make_dataset(cases=1, shape=(16, 16, 16))
-    case = ([str(folder / "imagesTr" / "case_000_0000.nii.gz")], str(folder / "labelsTr" / "case_000.nii.gz"))
-    configuration = plans.get_configuration("3d_fullres")
-    ours = UMITPreprocessor(verbose=False).run_case(*case, plans, configuration, dataset_json)
-    stock = DefaultPreprocessor(verbose=False).run_case(*case, plans, configuration, dataset_json)
-    np.testing.assert_array_equal(ours[0], stock[0])
-    np.testing.assert_array_equal(ours[1], stock[1])
-
-
-def test_preprocessor_checks_arrays_at_prediction() -> None:
-    plans, dataset_json = _small_plans()
-    image = np.full((1, 8, 8, 8), np.inf, np.float32)
-    with pytest.raises(BadImageError, match="array without a file name: channel 0 holds 512 of 512 voxels"):
-        UMITPreprocessor(verbose=False).run_case_npy(
-            image, None, {"spacing": [1, 1, 1]}, plans, plans.get_configuration("3d_fullres"), dataset_json
-        )
-
-
-def test_native_preprocessor_keeps_the_grid_and_appends_the_spacing(make_dataset: Callable[..., Path]) -> None:
-    plans, dataset_json = _small_plans()
-    configuration = plans.plans["configurations"]["3d_fullres"]
-    for kind in ("data", "seg"):
-        configuration |= {f"resampling_fn_{kind}": "no_resampling_hack", f"resampling_fn_{kind}_kwargs": {}}
-    plans.plans["transpose_forward"] = [2, 0, 1]
-    folder = make_dataset(cases=1, shape=(16, 18, 10), spacing=(0.5, 1.0, 3.0))
-    case = ([str(folder / "imagesTr" / "case_000_0000.nii.gz")], str(folder / "labelsTr" / "case_000.nii.gz"))
-    made = PlansManager(plans.plans).get_configuration("3d_fullres")
-    image, label, _ = UMITNativePreprocessor(verbose=False).run_case(*case, plans, made, dataset_json)
-    assert image.shape == (4, 10, 16, 18) and label.shape == (1, 10, 16, 18)
-    assert [np.unique(channel).tolist() for channel in image[1:]] == [[3.0], [0.5], [1.0]]
-    assert abs(float(image[0].mean())) < 1e-3 and float(image[0].std()) == pytest.approx(1, abs=1e-3)
-
-
-def _small_plans() -> tuple[PlansManager, dict[str, Any]]:
-    resampling = {"order": 1, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "preprocessor_name": "UMITPreprocessor",
-        "patch_size": [16, 16, 16],
-        "spacing": [1.0, 1.0, 1.0],
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling | {"is_seg": False},
-        "resampling_fn_seg_kwargs": resampling | {"is_seg": True},
-        "architecture": {},
-    }
-    plans = {
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "image_reader_writer": "SimpleITKIO",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": {}},
-        "configurations": {"3d_fullres": configuration},
-    }
-    return PlansManager(plans), {"labels": {"background": 0, "ball": 1, "box": 2}}
-
-
-@pytest.mark.end_to_end
-def test_damaged_file_stops_the_stock_command_with_its_name(nnunet_env: Any) -> None:
-    """The error is raised in a spawned worker and must reach the user."""
-    synthetic.make_dataset(nnunet_env.raw, cases=2, shape=(16, 16, 16), corruptions={1: "truncated"})
-    command = "nnUNetv2_plan_and_preprocess -d 901 -pl UMITPlanner -c 3d_fullres -np 1 -npfp 1 --no_pbar"
-    run = subprocess.run(shlex.split(command), capture_output=True, encoding="utf-8", timeout=600)
-    assert run.returncode != 0
-    assert "case_001_0000.nii.gz: truncated" in run.stderr and "again from its source" in run.stderr

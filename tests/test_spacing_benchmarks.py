@@ -64,20 +64,42 @@ def test_only_images_of_one_millimetre_are_thickened(tmp_path):
         thick_slices.thicken_file(tmp_path / "a.nii", tmp_path / "b.nii", Condition(2, 2))
 
 
-def test_predictions_come_back_to_the_original_grid():
+def test_slices_are_repeated_on_the_original_grid():
     prediction = np.array([1, 2, 3])[None, :, None]
-    assert thick_slices.repeat_back(prediction, 1, 2, (1, 5, 1))[0, :, 0].tolist() == [1, 1, 2, 2, 3]
-    assert thick_slices.on_original_grid(prediction, Condition(1), (1, 3, 1)).tolist() == prediction.tolist()
+    assert thick_slices.repeat_back(prediction, Condition(2, 1), (1, 5, 1))[0, :, 0].tolist() == [1, 1, 2, 2, 3]
+    assert thick_slices.repeat_back(prediction, Condition(1), (1, 3, 1)).tolist() == prediction.tolist()
     with pytest.raises(ValueError, match=r"shape \(1, 3, 1\) is not on the thick grid \(1, 2, 1\)"):
-        thick_slices.repeat_back(prediction, 1, 2, (1, 4, 1))
+        thick_slices.repeat_back(prediction, Condition(2, 1), (1, 4, 1))
 
 
-def test_labels_go_through_the_grid_by_majority():
+def test_probabilities_are_interpolated_between_the_centres_of_the_slices():
+    one = np.array([0.0, 0.9, 0.4], np.float32)  # centres at 1.5, 5.5 and 9.5 of 10 thin slices
+    between = np.array([0, 0, 0.1125, 0.3375, 0.5625, 0.7875, 0.8375, 0.7125, 0.5875, 0.4625])
+    for threshold in (0.1, 0.33, 0.5, 0.75, 0.8):
+        probabilities = np.stack([np.full(3, threshold, np.float32), one])[:, None, None, :]
+        found = thick_slices.interpolate_back(probabilities, Condition(4, 2), (1, 1, 10))
+        assert found[0, 0].tolist() == (between > threshold).astype(int).tolist()
+    assert thick_slices.interpolate_back(probabilities[..., 1:2], Condition(4, 2), (1, 1, 3)).tolist() == [[[1, 1, 1]]]
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 3\) is not on the thick grid \(1, 1, 2\)"):
+        thick_slices.interpolate_back(probabilities, Condition(4, 2), (1, 1, 8))
+
+
+def test_shares_of_the_classes_say_what_the_grid_leaves_of_a_label():
     label = np.array([0, 1, 1, 2, 2, 0, 1], np.uint8)[None, None]
-    thick = thick_slices.thicken_label(label, 2, 3)
-    assert thick[0, 0].tolist() == [1, 2, 1] and thick.dtype == np.uint8
-    assert thick_slices.through_the_grid(label, Condition(3, 2))[0, 0].tolist() == [1, 1, 1, 2, 2, 2, 1]
-    assert thick_slices.through_the_grid(label, Condition(1)) is label
+    shares = thick_slices.class_shares(label, 3, Condition(3, 2))
+    assert np.allclose(shares[:, 0, 0], [[1 / 3, 1 / 3, 0], [2 / 3, 0, 1], [0, 2 / 3, 0]])
+    assert thick_slices.class_shares(label, 3, Condition(1)).argmax(0).tolist() == label.tolist()
+
+
+def test_probabilities_are_read_in_the_axis_order_of_their_labels(tmp_path):
+    labels = np.array([[[0, 1], [2, 1]], [[0, 0], [1, 2]], [[0, 2], [2, 2]]])  # (3, 2, 2)
+    hot = np.stack([(labels == value).astype(np.float16) for value in range(3)])
+    for name, stored in (("nibabel", hot), ("sitk", hot.transpose(0, 3, 2, 1)), ("other", hot[:, ::-1])):
+        np.savez_compressed(tmp_path / f"{name}.npz", probabilities=stored)
+    for name in ("nibabel", "sitk"):
+        assert np.array_equal(thick_slices.read_probabilities(tmp_path / f"{name}.npz", labels), hot)
+    with pytest.raises(ValueError, match=r"other.npz of shape \(3, 3, 2, 2\) does not belong to labels of shape"):
+        thick_slices.read_probabilities(tmp_path / "other.npz", labels)
 
 
 def test_conditions_are_the_image_itself_and_every_axis_of_every_thickness():
@@ -184,7 +206,11 @@ def test_cpu_seconds_of_a_command_are_those_of_its_children():
 # ------------------------------------------------------------------------------------------- spacing robustness
 def scores_of(one: float, four: list[float]) -> dict[str, Any]:
     per_axis = {Condition(4, axis).name: four[axis] for axis in range(3)}
-    return {name: {"mean": mean, "per_class": {}, "cases": 42} for name, mean in ({"1mm": one} | per_axis).items()}
+    scores = {}
+    for name, mean in ({"1mm": one} | per_axis).items():
+        repeated = {"mean": mean if name == "1mm" else mean - 0.1, "per_class": {}, "cases": 42}
+        scores[name] = {"mean": mean, "per_class": {}, "cases": 42, "repeated": repeated}
+    return scores
 
 
 def test_loss_is_the_mean_over_the_axes_against_one_millimetre():
@@ -215,6 +241,7 @@ def test_robustness_table_and_picture(tmp_path):
     }
     printed = spacing_robustness.report(scored)
     assert "0.8500" in printed and "0.0500" in printed and "0.800 / 0.810 / 0.790" in printed
+    assert "0.7000" in printed[printed.index("slices of the labels repeated") :], "0.80 less 0.1"
     spacing_robustness.plot(scored, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -231,12 +258,16 @@ def test_scores_are_those_of_the_one_millimetre_labels(tmp_path, monkeypatch):
     options = spacing_robustness.training_parser("", 1.0).parse_args(["--full", "--work", str(tmp_path / "work")])
     options.cases, options.seed = None, 1
     robustness = spacing_robustness.Robustness(options, 1.0)
-    assert robustness.score(Condition(1), None)["mean"] == 1.0
+    perfect = robustness.score(Condition(1), None)
+    assert perfect["mean"] == perfect["repeated"]["mean"] == 1.0
     thick = np.ones((2, 2, 2), np.uint8)
     (tmp_path / "predicted").mkdir()
     nibabel.save(nibabel.Nifti1Image(thick, np.diag([1.0, 1, 2, 1])), tmp_path / "predicted" / "a.nii.gz")
+    hot = np.stack([(thick == value).astype(np.float32) for value in range(3)])
+    np.savez_compressed(tmp_path / "predicted" / "a.npz", probabilities=hot.transpose(0, 3, 2, 1))
     scored = robustness.score(Condition(2, 2), tmp_path / "predicted")
-    assert scored == {"mean": pytest.approx(1 / 3), "per_class": {"1": pytest.approx(2 / 3), "2": 0.0}, "cases": 1}
+    expected = {"mean": pytest.approx(1 / 3), "per_class": {"1": pytest.approx(2 / 3), "2": 0.0}, "cases": 1}
+    assert scored == expected | {"repeated": expected}
 
 
 # ---------------------------------------------------------------------------------------------- corpus transfer

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import arithmetic, demo, finetune_step, mae_step, peers, scaling, step_memory, timed_predict
+from benchmarks import arithmetic, demo, finetune_step, mae_step, peers, planning, scaling, step_memory, timed_predict
+from benchmarks.common import Results
 from nnunet_umit.architectures.encoder import SIZES
 from nnunet_umit.plans import layout
 from nnunet_umit.spacing import token_grid
@@ -159,3 +160,30 @@ def test_the_stop_watch_gives_every_second_to_the_innermost_part(monkeypatch):
     assert watch.seconds == dict.fromkeys(timed_predict.PARTS, 0.0) | {
         "start-up": 6.0, "export": 3.0, "resampling": 3.0,
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- planning
+def test_plans_and_memory_are_stored_and_not_made_again(tmp_path, monkeypatch, capsys):
+    for name in ("Dataset004_Hippocampus", "Dataset027_ACDC"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "dataset.json").write_text("{}")
+    monkeypatch.setenv("UMIT_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(planning, "DATASETS", (4, 27))
+    planned: list[str] = []
+    monkeypatch.setattr(planning, "plan", lambda name, work: planned.append(name) or Path(name))
+    row = ["3d_fullres", *["x"] * 9, "1.5 GB"]
+    monkeypatch.setattr(planning, "described", lambda file: {"rows": [row], "why": {"3d_fullres": "small"}})
+    sizes = {"batch": 4, "predicted_bytes": 1_500_000_000, "measured_bytes": 1_200_000_000}
+    monkeypatch.setattr(planning, "measured", lambda file, configuration: sizes)
+    for _ in range(2):
+        planning.main(["--full", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])
+    assert planned == ["Dataset004_Hippocampus", "Dataset027_ACDC"]
+    runs = Results("planning", "", tmp_path / "results").runs
+    memory = [key.removeprefix("full/memory/") for key in runs if "/memory/" in key]
+    first, second = planned
+    assert memory == [f"{first}/3d_fullres", f"{first}/2d", f"{second}/3d_fullres"]
+    printed = capsys.readouterr().out
+    assert "| 004_Hippocampus | 3d_fullres " in printed and printed.count("1.50 GB   | 1.20 GB  | 125% ") == 6
+    monkeypatch.setattr(planning, "DATASETS", (120,))
+    with pytest.raises(FileNotFoundError, match="Dataset120 is not in the data folder; set UMIT_DATA"):
+        planning.main(["--full", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])
