@@ -24,7 +24,7 @@ UTILISATION = (0.4, 0.2)
 CASES: dict[str, tuple[str, tuple[int, int, int], tuple[float, float, float], int, int]] = {
     # name: size, patch, spacing, token, batch
     "hippocampus, XS": ("XS", (40, 56, 40), (1.0, 1.0, 1.0), 8, 4),
-    "ACDC, XS": ("XS", (16, 176, 176), (6.95, 1.56, 1.56), 16, 4),
+    "ACDC, XS": ("XS", (16, 176, 176), (6.95, 1.56, 1.56), 16, 2),
     "128 x 128 x 128, S": ("S", (128, 128, 128), (1.0, 1.0, 1.0), 8, 2),
     "160 x 160 x 160, B": ("B", (160, 160, 160), (1.0, 1.0, 1.0), 8, 2),
 }

@@ -44,7 +44,7 @@ def test_a_page_that_differs_from_the_results_is_found(tmp_path: Path) -> None:
     for page in report.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         text = (ROOT / page).read_text(encoding="utf-8")
-        changed = re.sub(r"\| \d\.\d{3} \|", "| 9.999 |", text, count=1) if page == "README.md" else text
+        changed = re.sub(r"\| \d\.\d{3}( x)? \|", "| 9.999 |", text, count=1) if page == "README.md" else text
         (tmp_path / page).write_text(changed, encoding="utf-8")
     assert report.outdated(tmp_path) == ["README.md"]
 

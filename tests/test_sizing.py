@@ -75,11 +75,21 @@ def test_patch_smaller_than_a_token_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fitting", "voxels", "planar", "expected"),
-    [(9, 1e8, False, 4), (3, 1e8, False, 3), (0, 1e8, False, 2), (9, 1e6, False, 2), (99, 1e8, True, 16)],
+    ("fitting", "tokens", "voxels", "planar", "expected"),
+    [
+        (9, 64, 1e8, False, 4),
+        (3, 64, 1e8, False, 3),
+        (0, 64, 1e8, False, 2),
+        (9, 64, 1e6, False, 2),  # 5 % of the dataset
+        (9, 175, 1e8, False, 4),  # hippocampus
+        (9, 340, 1e8, False, 3),
+        (9, 484, 1e8, False, 2),  # a heart: two samples bring a thousand tokens
+        (9, 4096, 1e8, False, 2),
+        (99, 441, 1e8, True, 16),
+    ],
 )
-def test_batch_size(fitting: int, voxels: float, planar: bool, expected: int) -> None:
-    assert sizing.choose_batch_size((32, 32, 32), voxels, fitting, planar) == expected
+def test_batch_size(fitting: int, tokens: int, voxels: float, planar: bool, expected: int) -> None:
+    assert sizing.choose_batch_size((32, 32, 32), tokens, voxels, fitting, planar) == expected
 
 
 def test_network_size_follows_the_data_and_says_why() -> None:

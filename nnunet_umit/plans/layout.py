@@ -87,7 +87,8 @@ class Task:
     def batch_size(self, layout: Layout) -> int:
         """Samples per step for a layout."""
         fitting = layout.memory.fitting_batch(self.target_bytes)
-        return sizing.choose_batch_size(layout.patch, self.dataset_voxels, fitting, self.anisotropy.planar)
+        tokens = sizing.count_tokens(layout.patch, layout.token)
+        return sizing.choose_batch_size(layout.patch, tokens, self.dataset_voxels, fitting, self.anisotropy.planar)
 
     def arch_kwargs(self, size: str, token_size: int) -> dict[str, Any]:
         """Everything the network needs, as JSON types: a trained folder predicts with nothing but this package."""

@@ -20,7 +20,8 @@ MOST_TOKENS_2D = 1024  # 32 per axis: a 2D batch of 16 then costs what a 3D batc
 TOKEN_SLACK = 1.25  # up to a quarter over the limit the patch is trimmed: a doubled token would blur it by 4 to 8
 
 SMALLEST_BATCH = 2  # nnU-Net's own: a gradient from a single sample is too noisy
-LARGEST_BATCH_3D = 4  # AdamW with warm-up takes small batches well; on small data steps are worth more than samples
+LARGEST_BATCH_3D = 4  # AdamW with warm-up takes small batches well
+STEP_TOKENS_3D = 1024  # no third and fourth sample where two bring as many: steps are worth more than samples
 LARGEST_BATCH_2D = 16  # a slice carries far less than a volume
 DATASET_FRACTION = 0.05  # nnU-Net's own: one step shall not see more than 5 % of all voxels of the dataset
 
@@ -106,10 +107,11 @@ def check_patch(patch: Sequence[int], token: Shape) -> None:
             )
 
 
-def choose_batch_size(patch: Shape, dataset_voxels: float, fitting: int, planar: bool) -> int:
-    """Samples per step: what memory allows (`fitting`), at most 5 % of the dataset, within nnU-Net's and our bounds."""
+def choose_batch_size(patch: Shape, tokens: int, dataset_voxels: float, fitting: int, planar: bool) -> int:
+    """Samples per step: what memory allows (`fitting`), at most 5 % of the dataset, within nnU-Net's and our bounds; in
+    3D no more than `STEP_TOKENS_3D` ask for, with `tokens` in a patch."""
     covered = round(dataset_voxels * DATASET_FRACTION / math.prod(patch))
-    most = LARGEST_BATCH_2D if planar else LARGEST_BATCH_3D
+    most = LARGEST_BATCH_2D if planar else min(LARGEST_BATCH_3D, round(STEP_TOKENS_3D / tokens))
     return max(min(fitting, covered, most), SMALLEST_BATCH)
 
 
