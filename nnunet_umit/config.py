@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 VERSION = 1
 SIZE_NAMES = ("tiny", "XS", "S", "B", "L")
+AUGMENTATIONS = ("auto", "nnunet", "light", "none")
 QUANTISERS = ("soft", "gumbel", "nearest")
 _T = TypeVar("_T")
 
@@ -169,7 +170,7 @@ class FinetuneConfig(TrainingConfig):
     layer_decay: float = 0.9
     freeze: str = "none"
     freeze_epochs: int = 0
-    augmentation: str = "nnunet"
+    augmentation: str = "auto"
     mirror_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class FinetuneConfig(TrainingConfig):
             isinstance(self.freeze_epochs, int) and self.freeze_epochs >= 0,
             "a whole number >= 0",
         )
-        _require(self, "augmentation", self.augmentation in ("nnunet", "light", "none"), "'nnunet', 'light' or 'none'")
+        _require(self, "augmentation", self.augmentation in AUGMENTATIONS, "'auto', 'nnunet', 'light' or 'none'")
         if self.mirror_axes is not None:
             _require(self, "mirror_axes", all(a in (0, 1, 2) for a in self.mirror_axes), "null or axes out of 0, 1, 2")
             object.__setattr__(self, "mirror_axes", tuple(self.mirror_axes))

@@ -15,7 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_training import GEOMETRIES, Killed, case_file, folder_of, kill_at, log_of, weights
 
 from nnunet_umit.trainers import checkpoint as checkpoints
-from nnunet_umit.trainers.finetune import UMITTrainer, confusion, mirrored_axes
+from nnunet_umit.trainers.finetune import LIGHT_BELOW, UMITTrainer, confusion, mirrored_axes
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
 from nnunet_umit.trainers.summary import summarise
 
@@ -99,6 +99,19 @@ def test_mirrored_axes_follow_the_plan_into_prediction(prepare: Callable[..., di
         assert list(larger) == [16, 16, 16]
     else:
         assert all(size > 16 for size in larger)
+
+
+@pytest.mark.parametrize(("missing", "chosen"), [(0, "nnunet"), (1, "light")])
+def test_augmentation_is_light_where_a_case_is_shown_a_few_times(
+    prepare: Callable[..., dict], missing: int, chosen: str
+) -> None:
+    trainer = tiny.make_trainer(UMITTrainer, prepare(finetune={"augmentation": "auto"}))
+    cases, batch = len(trainer.do_split()[0]), trainer.configuration_manager.batch_size
+    trainer.num_iterations_per_epoch = cases
+    trainer.num_epochs = LIGHT_BELOW // batch - missing
+    assert LIGHT_BELOW % batch == 0 and trainer.augmentation == chosen
+    rotation, *_ = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert (rotation is None) == (chosen == "light")
 
 
 def test_mirroring_an_axis_that_is_not_there_is_refused(prepare: Callable[..., dict]) -> None:

@@ -345,6 +345,24 @@ def test_start_up_registration_reaches_run_training() -> None:
     assert output_of(code, "-W", "ignore", NNUNET_UMIT_NO_HOOK="") == "True"
 
 
+def test_prediction_gets_the_network_and_imports_no_training() -> None:
+    """In a fresh interpreter, where nothing has imported nnU-Net's trainer yet."""
+    code = """
+    import inspect, sys
+    from nnunetv2.inference import predict_from_raw_data as module
+    from nnunetv2.utilities import find_objects
+    found = module.recursive_find_trainer_class_by_name("UMITTrainer")
+    assert "plans_manager" in inspect.signature(found.build_network_architecture).parameters
+    unwanted = ("nnunet_umit.trainers", "nnunetv2.training.nnUNetTrainer")
+    print([name for name in sys.modules if name.startswith(unwanted)])
+    real = find_objects.recursive_find_trainer_class_by_name("UMITTrainer")
+    assert issubclass(real, found) and real.__name__ == "UMITTrainer"
+    assert real.build_network_architecture is found.build_network_architecture
+    print(module.recursive_find_trainer_class_by_name("nnUNetTrainer").__name__)
+    """
+    assert output_of(code, "-W", "ignore", NNUNET_UMIT_NO_HOOK="").splitlines() == ["[]", "nnUNetTrainer"]
+
+
 # --- the shim for nnUNet_extTrainer -------------------------------------------------------------------------------
 
 

@@ -46,8 +46,8 @@ def set_budget(block: dict[str, Any], budget: Budget) -> None:
             save_every=EPOCHS,
         )
     block["pretrain"]["picture_every"] = EPOCHS
-    # A hundred steps see too little for strong augmentation; mirrored predictions would cost eight times as much.
-    block["finetune"].update(augmentation="light", mirror_axes=[])
+    # Mirrored predictions would cost eight times as much.
+    block["finetune"].update(mirror_axes=[])
 
 
 def _whole_epochs(steps: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,19 +18,19 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_umit.config import FinetuneConfig, get_umit_config
+from nnunet_umit.config import FinetuneConfig
+from nnunet_umit.plans.network import PlannedSegmenter
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.optimisation import frozen_parameters, last_layer, set_layer_decay, set_trainable
 from nnunet_umit.trainers.pictures import Panel
 from nnunet_umit.trainers.ranks import wrap
 
+LIGHT_BELOW = 50  # times that a training shows each of its cases
 
-class UMITTrainer(UMITBaseTrainer):
+
+class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
     """Dice and cross-entropy with deep supervision (nnU-Net's loss), AdamW with layer-wise learning rates.
 
     Region-based labels and an ignore label work as in nnU-Net; cascades are refused.
@@ -44,35 +45,31 @@ class UMITTrainer(UMITBaseTrainer):
 
     # ----------------------------------------------------------------------------------------------- set-up
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """The network of the plan, with the drop path of its ``finetune`` section (which prediction switches off)."""
-        finetune = get_umit_config(configuration_manager).finetune
-        return get_network_from_plans(
-            configuration_manager.network_arch_class_name,
-            {**configuration_manager.network_arch_init_kwargs, "drop_path": finetune.drop_path},
-            configuration_manager.network_arch_init_kwargs_req_import,
-            num_input_channels,
-            num_output_channels,
-            allow_init=True,
-            deep_supervision=enable_deep_supervision,
+    @functools.cached_property
+    def augmentation(self) -> str:
+        """``nnunet``, ``light`` or ``none``; ``auto`` is ``light`` where the training shows a case a few times only.
+
+        What a network has hardly seen it cannot learn by heart, and undistorted it learns it faster.
+        """
+        if self.config.augmentation != "auto":
+            return self.config.augmentation
+        samples = self.num_epochs * self.num_iterations_per_epoch * self.configuration_manager.batch_size
+        shown = samples / max(len(self.do_split()[0]), 1)
+        chosen = "light" if shown < LIGHT_BELOW else "nnunet"
+        self.print_to_log_file(
+            f"augmentation: {chosen}, because the training shows every case about {shown:.0f} times ({LIGHT_BELOW} and "
+            "more: nnunet)"
         )
+        return chosen
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, Any]:
         """nnU-Net's choice for its own augmentation; else no rotation, and so no larger patch to rotate in."""
-        config = self.config
-        if config.augmentation == "nnunet":
+        if self.augmentation == "nnunet":
             chosen = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
             rotation, dummy_2d, initial_patch_size, _ = chosen
         else:
             rotation, dummy_2d, initial_patch_size = None, False, self.configuration_manager.patch_size
-        axes = mirrored_axes(config, len(self.configuration_manager.patch_size))
+        axes = mirrored_axes(self.config, len(self.configuration_manager.patch_size))
         self.inference_allowed_mirroring_axes = axes
         return rotation, dummy_2d, initial_patch_size, axes
 
@@ -81,7 +78,7 @@ class UMITTrainer(UMITBaseTrainer):
     ) -> BasicTransform:
         """Augmentation ``nnunet``, ``light`` (flips, noise, brightness, gamma) or ``none``."""
         use_mask = self.configuration_manager.use_mask_for_norm
-        if self.config.augmentation == "nnunet":
+        if self.augmentation == "nnunet":
             transforms = self.get_training_transforms(
                 patch,
                 rotation,
@@ -96,7 +93,7 @@ class UMITTrainer(UMITBaseTrainer):
             )
             return without_timing(transforms)
         light: list[BasicTransform] = []
-        if self.config.augmentation == "light":
+        if self.augmentation == "light":
             light = light_augmentation(mirror_axes, use_mask)
         return ComposeTransforms([*light, *self.validation_transforms(scales).transforms])
 

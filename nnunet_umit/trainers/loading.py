@@ -75,10 +75,14 @@ class LoadingTrainer(ResumableTrainer):
         """Whether images keep their own grid and bring their spacing along (``3d_native``)."""
         return bool(self.configuration_manager.network_arch_init_kwargs.get("native", False))
 
+    def batches_in_all(self) -> int:
+        """Training batches of all epochs, after which the stream of them ends."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of training batches, from the present epoch on, and of the same validation batches every epoch."""
         training, validation = self.get_tr_and_val_datasets()
-        first, last = (epoch * self.num_iterations_per_epoch for epoch in (self.current_epoch, self.num_epochs))
+        first, last = self.current_epoch * self.num_iterations_per_epoch, self.batches_in_all()
         workers = self._workers()
         samples = self._native_samples if self.native else self._samples
         return (
