@@ -17,7 +17,7 @@ from typing import Any
 MAX_RATIO = 32.0
 MAX_LEVEL = 5
 PLANAR_RATIO = 100.0
-RATIO_DIGITS = 6  # spacings that were calculated (oblique headers, zooms) are a hair off; 3.9999999 must be level 2
+TOLERANCE = 1e-6  # spacings that were calculated (oblique headers, zooms) are a hair off; 3.9999999 must be level 2
 
 Size3 = tuple[int, int, int]
 
@@ -59,8 +59,11 @@ class Anisotropy:
             raise ValueError(f"spacing {list(spacing)} must be two or three positive numbers in mm (depth first)")
         if len(values) == 2:
             return cls(math.inf)
-        ratio = float(f"{values[0] / min(values[1:]):.{RATIO_DIGITS}g}")
-        return cls(math.inf if ratio >= PLANAR_RATIO else min(max(ratio, 1.0), MAX_RATIO))
+        ratio = min(max(values[0] / min(values[1:]), 1.0), PLANAR_RATIO)
+        for bound in (PLANAR_RATIO, 2.0 ** round(math.log2(ratio))):
+            if math.isclose(ratio, bound, rel_tol=TOLERANCE):
+                ratio = bound
+        return cls(math.inf if ratio == PLANAR_RATIO else min(ratio, MAX_RATIO))
 
     @classmethod
     def from_spacings(cls, spacings: Sequence[Sequence[float]]) -> Anisotropy:

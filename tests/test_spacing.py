@@ -47,7 +47,7 @@ def test_level_is_monotone_and_free_of_units(depth: float, height: float, width:
     one = Anisotropy.from_spacing((depth, height, width))
     assert Anisotropy.from_spacing((depth * 2, height, width)).level >= one.level
     other = Anisotropy.from_spacing((depth * scale, height * scale, width * scale))
-    assert math.isclose(other.ratio, one.ratio, rel_tol=1e-5)
+    assert math.isclose(other.ratio, one.ratio, rel_tol=2e-6)
 
 
 @pytest.mark.parametrize(
