@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import synthetic
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share the cores
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed package is tested
+
+# The same examples in every run, and no clock: a suite must not pass or fail by luck or on a busy machine.
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
 
 SMALL_MACHINE = {  # nnU-Net with as few processes and threads as it accepts
     "nnUNet_def_n_proc": "1",

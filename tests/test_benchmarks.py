@@ -199,8 +199,10 @@ def test_training_ends_with_the_budget_and_so_does_the_schedule(monkeypatch):
     assert trainer_class.__name__ == "FakeTrainer", "nnU-Net's folders and checkpoints carry the class name"
     trainer: Any = trainer_class(clock)
     schedule = trainer.lr_scheduler
+    started = clock.now
     trainer.run()
     assert trainer.report["wall_s"] == pytest.approx(200.0, rel=0.03)
+    assert clock.now - started == pytest.approx(trainer.report["wall_s"] + 2 * 7.0), "what is kept costs no budget"
     iterations = [epoch["iterations"] for epoch in trainer.report["epochs"]]
     assert len(iterations) == 10 and iterations[5] < iterations[0] / 2
     assert schedule.positions == sorted(schedule.positions)

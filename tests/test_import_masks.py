@@ -44,7 +44,7 @@ def test_masks_survive_nnunets_cropping(image: np.ndarray) -> None:
     assert (cropped > 0).any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 10**6), st.tuples(*[st.integers(1, 13)] * 2, st.integers(2, 13)), st.sampled_from([2, 3, 200, 65536])
 )

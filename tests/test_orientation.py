@@ -46,7 +46,10 @@ def test_an_axis_along_which_two_classes_keep_their_order_is_not_mirrored(axis: 
 
 
 def test_classes_in_either_order_or_side_by_side_or_in_few_cases_forbid_nothing() -> None:
-    assert decide([heart(1, swapped=number % 2 == 0) for number in range(10)]).mirrored == (0, 1, 2)
+    for every in (2, 4, 10):
+        hearts = [heart(1, swapped=number % every == 0) for number in range(10 * every)]
+        assert decide(hearts).mirrored == (0, 1, 2), "one in ten the other way round is still either order"
+    assert decide([heart(1, swapped=number == 0) for number in range(21)]).mirrored == (0, 2)
     same = np.zeros(SHAPE, np.uint8)
     same[2:6, 2:18, 2:14], same[3:5, 6:14, 5:11] = 1, 2  # one within the other: a region of a tumour
     assert decide([same] * 10).mirrored == (0, 1, 2)

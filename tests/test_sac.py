@@ -58,7 +58,7 @@ def test_isotropic_is_the_plain_convolution() -> None:
         assert torch.equal(up_kernel(kernel, anisotropy, 2, fidelity), kernel)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.fractions(min_value=1, max_value=32, max_denominator=4), st.integers(2, 4))
 def test_same_size_equals_the_definition_for_any_real_ratio(ratio: Fraction, depth: int) -> None:
     image, kernel = random(1, 2, depth, 4, 5), random(3, 2, 3, 3, 3)

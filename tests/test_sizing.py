@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_umit.plans import sizing
@@ -39,7 +39,6 @@ def test_hippocampus_patch() -> None:
     assert (token, patch, sizing.count_tokens(patch, token)) == ((8, 8, 8), (40, 56, 40), 175)
 
 
-@settings(deadline=None)
 @given(
     median=st.lists(st.floats(1, 400), min_size=3, max_size=3),
     ratio=st.floats(1, 32),

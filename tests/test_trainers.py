@@ -14,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tiny_training import GEOMETRIES, Killed, curves, equal, folder_of, kill_at, log_of, weights
 
 from nnunet_umit.architectures.transfer import load_state
+from nnunet_umit.trainers import base
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.checkpoint import read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer
@@ -166,3 +167,22 @@ def test_pretraining_goes_on_from_an_encoder(pretrained: tuple[dict, Path]) -> N
         trainer.run_training()
     assert read_checkpoint(folder_of(trainer) / checkpoints.LATEST)["umit"]["transfer"]["fraction"] == 1.0
     assert "100.0 % of the encoder" in log_of(trainer)
+
+
+def test_progress_is_drawn_as_often_as_it_costs_a_twentieth(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = tiny.make_trainer(UMITTrainer, prepare())
+    clock, drawn = [0.0], []
+
+    def draw(*_: object) -> None:
+        clock[0] += 1.0
+        drawn.append(trainer.current_epoch)
+
+    monkeypatch.setattr(base, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(base, "draw_progress", draw)
+    trainer.num_epochs = 50
+    for trainer.current_epoch in range(50):
+        clock[0] += 5.0
+        trainer.draw()
+    assert drawn == [*range(0, 49, 4), 49], "every 20 s, and after the last epoch"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from time import time
+from time import perf_counter, time
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from nnunet_umit.trainers.pictures import Panel, draw_progress
 from nnunet_umit.trainers.progress import StepProgress
 from nnunet_umit.trainers.ranks import own_device, wrapping_on
 from nnunet_umit.trainers.requirements import read_plan, require_cases, require_folders
+
+DRAWING_SHARE = 0.05  # of the wall time may go into drawing progress.png
 
 
 class UMITBaseTrainer(LoadingTrainer):
@@ -70,6 +72,7 @@ class UMITBaseTrainer(LoadingTrainer):
         self.transfer: dict[str, Any] | None = None
         self.guard = NonFiniteGuard(config.max_nonfinite, self.print_to_log_file, self.name_last_good)
         self.progress = StepProgress(self.print_to_log_file, shown=self.local_rank == 0)
+        self._draw_next = 0.0  # on the clock of perf_counter
         if self.device.type == "cpu":
             use_own_cores()
             keep_freed_memory()
@@ -252,8 +255,13 @@ class UMITBaseTrainer(LoadingTrainer):
         raise NotImplementedError
 
     def draw(self) -> None:
-        """Write ``progress.png`` (nnU-Net's own takes three seconds, as long as a short epoch)."""
+        """Write ``progress.png`` as often as that takes a twentieth of the time at most, and after the last epoch."""
+        began = perf_counter()
+        if began < self._draw_next and self.current_epoch + 1 < self.num_epochs:
+            return
         draw_progress(self.panels(), Path(self.output_folder) / "progress.png", type(self).__name__)
+        ended = perf_counter()
+        self._draw_next = ended + (ended - began) / DRAWING_SHARE
 
     def logged(self, name: str) -> list[float]:
         """All values of one of nnU-Net's logging keys."""
