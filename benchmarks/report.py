@@ -92,7 +92,8 @@ def _native_rows() -> list[tuple[str, str, str]]:
     rows, command = [], "python -m benchmarks.native_spacing --full"
     if difference is not None:
         seeds = len(native_spacing.seeds_in(runs, prefix))
-        what = f"ACDC without resampling (`3d_native`) against `3d_fullres`, 15 minutes of training each, {seeds} seed{'s' if seeds > 1 else ''}"
+        counted = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        what = f"ACDC without resampling (`3d_native`) against `3d_fullres`, 15 minutes of training each, {counted}"
         rows.append((f"{what}: difference in Dice", f"{difference:+.3f}", command))
     native, resampled = (samples[arm] for arm in native_spacing.ARMS)
     if native:
