@@ -47,7 +47,7 @@ def set_budget(block: dict[str, Any], budget: Budget) -> None:
         )
     block["pretrain"]["picture_every"] = EPOCHS
     # Mirrored predictions would cost eight times as much.
-    block["finetune"].update(mirror_axes=[])
+    block["finetune"]["mirror_axes"] = []
 
 
 def _whole_epochs(steps: float) -> int:

@@ -14,7 +14,7 @@ from nnunet_umit.plans.memory import GB, TrainingMemory, predict_training_memory
 from nnunet_umit.spacing import Anisotropy
 
 # Stem and decoder at full, half and quarter resolution: narrow, because full resolution costs the memory and the time.
-# Half of the time of a step for the least data, at no loss of Dice that could be measured (docs/planning.md).
+# Half of the time of a step for the least data, at no loss of Dice that could be measured (docs/results.md).
 CHANNELS = (8, 24, 64)
 CHANNELS_OF_SMALLEST = (8, 16, 32)
 
