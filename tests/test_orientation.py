@@ -34,6 +34,7 @@ def test_centres_are_shares_of_the_extent_of_all_classes() -> None:
     np.testing.assert_allclose(found[1], (0.5, 0.75, 0.5))
     assert centres(label, [[1, 2], 2]).keys() == {0, 1} and centres(0 * label, [1, 2]) == {}
     np.testing.assert_allclose(centres(label, [[1, 2], 2])[0], 0.5)
+    assert centres(label, []) == {}, "a dataset without classes forbids nothing"
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_umit.plans.native import thick_first
-from nnunet_umit.plans.orientation import Orientation, centres, orientation
+from nnunet_umit.plans.orientation import Orientation, centres, labelled, orientation
 
 CASES = 24  # labels that are looked at, evenly spaced
 PERCENTILE = 95  # of the cases whose foreground is no longer
@@ -66,9 +66,9 @@ def read_foreground(
     for file in files[:: -(-len(files) // CASES)]:
         label, properties = reader().read_seg(file)
         turned = label[0].transpose(transpose)
-        found.append(centres(turned, classes))
+        places = labelled(turned, classes)
+        found.append(centres(turned, classes, places))
         spacing = [float(properties["spacing"][axis]) for axis in transpose]
-        places = np.argwhere(np.isin(turned, np.hstack(classes)))
         if len(places):
             box = places.max(0) + 1 - places.min(0)
             extents.append(tuple(float(size * step) for size, step in zip(box, spacing, strict=True)))

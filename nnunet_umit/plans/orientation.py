@@ -31,21 +31,29 @@ class Orientation:
         return Orientation(tuple(axis - 1 for axis in self.mirrored if axis > 0), self.why)
 
 
-def centres(label: np.ndarray, classes: Sequence[int | Sequence[int]]) -> dict[int, np.ndarray]:
+def labelled(label: np.ndarray, classes: Sequence[int | Sequence[int]]) -> np.ndarray:
+    """Places (N, 3) of the voxels of a label map (D, H, W) that belong to any class."""
+    values = [value for region in classes for value in ([region] if isinstance(region, int) else region)]
+    return np.argwhere(np.isin(label, values))
+
+
+def centres(
+    label: np.ndarray, classes: Sequence[int | Sequence[int]], places: np.ndarray | None = None
+) -> dict[int, np.ndarray]:
     """Centre of every class (by its position in ``classes``) in a label map (D, H, W), as a share of the extent of all
     of them along each axis, 0 to 1.
 
     Args:
         classes: label values; several values are a region, which is their union.
+        places: of its :func:`labelled` voxels, where they are known.
     """
-    values = [[each] if isinstance(each, int) else list(each) for each in classes]
-    places = np.argwhere(np.isin(label, [value for region in values for value in region]))
+    places = labelled(label, classes) if places is None else places
     if not len(places):
         return {}
-    low, high = places.min(0), places.max(0) + 1
+    values, low, high = label[tuple(places.T)], places.min(0), places.max(0) + 1
     found = {}
-    for index, region in enumerate(values):
-        own = np.argwhere(np.isin(label, region))
+    for index, region in enumerate(classes):
+        own = places[np.isin(values, region)]
         if len(own):
             found[index] = (own.mean(0) + 0.5 - low) / (high - low)
     return found
