@@ -16,7 +16,7 @@ def measure_training_memory(
 ) -> int:
     """Bytes by which the peak resident memory of a fresh process grows while it builds the network and takes two steps.
 
-    fp32, one thread, random data, AdamW, nnU-Net's own deep-supervision loss (Dice + cross-entropy).
+    fp32, one thread, random data, AdamW, the trainer's loss (Dice, cross-entropy, balanced cross-entropy).
 
     Raises:
         RuntimeError: the process died, most likely because memory ran out.
@@ -37,6 +37,7 @@ def _training_steps(
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
     from nnunet_umit.architectures.unetr import UMITSegmenter
+    from nnunet_umit.trainers.balance import balanced_cross_entropy
 
     torch.set_num_threads(1)
     # glibc keeps freed blocks of up to 32 MB for itself and fragments them; that is not what is asked.
@@ -48,12 +49,14 @@ def _training_steps(
         weights = np.array([0.5**level for level in range(len(kwargs["strides"]) - 1)])
         dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
         loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
-        supervise = DeepSupervisionWrapper(loss, weights / weights.sum())
+        stock, balanced = (
+            DeepSupervisionWrapper(each, weights / weights.sum()) for each in (loss, balanced_cross_entropy)
+        )
         for _ in range(2):
             optimiser.zero_grad(set_to_none=True)
             logits = network(torch.randn(batch, channels, *patch))
             targets = [torch.randint(0, classes, (batch, 1, *level.shape[2:])).float() for level in logits]
-            supervise(logits, targets).backward()
+            (stock(logits, targets) + balanced(logits, targets)).backward()
             optimiser.step()
 
     token = [arch_kwargs["token_size"]] * len(patch)

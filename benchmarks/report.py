@@ -197,6 +197,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "accuracy_hour": lambda: _other_accuracy("full/hippocampus/fold0/60min/"),
     "tuning_hippocampus": lambda: _other_accuracy("full/hippocampus/fold1/5min/"),
     "tuning_acdc": lambda: _other_accuracy("full/acdc/fold1/10min/"),
+    "tuning_balance": lambda: _other_accuracy("full/acdc/fold1/6min/"),
     "accuracy_acdc": lambda: _accuracy("acdc"),
     "label_efficiency": lambda: _with_runs("label_efficiency", label_efficiency, "full/fold0/60min+5min/"),
     "pretraining_methods": lambda: _with_runs("pretraining_methods", pretraining_methods, "full/fold0/20min+5min/"),

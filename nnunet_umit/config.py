@@ -162,11 +162,15 @@ class TokenizerConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
-    """Supervised training, from scratch or from a pre-trained encoder."""
+    """Supervised training, from scratch or from a pre-trained encoder.
+
+    ``balance`` is the share of the schedule in which a class-balanced cross-entropy fades from weight 1 to 0.
+    """
 
     epochs: int = 500
     drop_path: float = 0.1
     oversample_foreground: float = 0.33
+    balance: float = 0.5
     layer_decay: float = 0.9
     freeze: str = "none"
     freeze_epochs: int = 0
@@ -176,6 +180,7 @@ class FinetuneConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self, "layer_decay", _number(self.layer_decay) and 0 < self.layer_decay <= 1, "above 0, at most 1")
+        _require(self, "balance", _number(self.balance) and 0 <= self.balance <= 1, "from 0 to 1")
         _require(self, "freeze", self.freeze in ("none", "encoder", "stem"), "'none', 'encoder' or 'stem'")
         _require(
             self,

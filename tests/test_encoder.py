@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nnunet_umit.architectures.encoder import SIZES, SACViT
 from nnunet_umit.architectures.masking import random_masking
@@ -98,6 +99,34 @@ def test_checkpointing_changes_neither_output_nor_gradient() -> None:
         stack(tokens, None)[0].square().sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_on_a_cpu_is_for_the_products_of_the_blocks_only(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    small = {"spacing": (1, 1, 1), "token_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    plain = SACViT(1, **small)
+    fast = SACViT(1, **small, cpu_bfloat16=True, checkpointing=checkpointing)
+    fast.load_state_dict(plain.state_dict())
+    found: dict[str, set[torch.dtype]] = {"products": set(), "the rest": set()}
+    for name, module in fast.named_modules():
+        if not any(module.children()):
+            product = isinstance(module, nn.Linear) and name.startswith("transformer.blocks")
+            kind = "products" if product else "the rest" if not name.endswith("mlp.norm") else None
+            if kind:
+                module.register_forward_hook(lambda _m, _i, output, kind=kind: found[kind].add(output.dtype))
+    image = torch.randn(1, 1, 8, 16, 16)
+    exact, encoding = plain(image), fast(image)
+    assert found == {"products": {torch.bfloat16}, "the rest": {torch.float32}}
+    assert encoding.tokens.dtype == torch.float32
+    error = (encoding.tokens - exact.tokens).norm() / exact.tokens.norm()
+    assert 1e-5 < error < 2e-2, "bfloat16 keeps 8 bits of a number"
+    for each in (exact, encoding):
+        each.tokens.square().sum().backward()
+    for one, other in zip(plain.parameters(), fast.parameters(), strict=True):
+        assert other.dtype == torch.float32
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or (other.grad - one.grad).norm() < 0.1 * one.grad.norm() + 1e-3
 
 
 def test_drop_path_keeps_the_mean_and_is_off_in_eval() -> None:

@@ -73,11 +73,12 @@ def test_the_loss_for_monai_counts_hidden_tokens_only():
     assert mae_step.monai_loss((prediction, mask), image).item() == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
-def test_an_mae_step_of_ours_changes_the_encoder(stem):
+@pytest.mark.parametrize(("stem", "cpu_bfloat16"), [("patch", False), ("conv", False), ("patch", True)])
+def test_an_mae_step_of_ours_changes_the_encoder(stem, cpu_bfloat16):
     torch.manual_seed(0)
     decoder = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 2}
-    network: Any = mae_step.build_ours(stem, TINY, decoder)
+    network: Any = mae_step.build_ours(stem, TINY, decoder, cpu_bfloat16)
+    assert {network.encoder.transformer.cpu_bfloat16, network.decoder.cpu_bfloat16} == {cpu_bfloat16}
     weight = network.encoder.transformer.blocks[0].attn.qkv.weight
     before = weight.detach().clone()
     image = torch.randn(2, 1, 16, 16, 16)

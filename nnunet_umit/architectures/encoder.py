@@ -70,7 +70,7 @@ class SACViT(nn.Module):
         drop_path: stochastic depth rate of the last block.
         fidelity: ``"exact"`` SAC or ``"pumit"``, the paper's rule.
         positions: unit of the rotary positions, see :func:`nnunet_umit.spacing.token_grid`.
-        checkpointing: recompute blocks in the backward pass.
+        checkpointing, cpu_bfloat16: see :class:`~nnunet_umit.architectures.transformer.Transformer`.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class SACViT(nn.Module):
         fidelity: str = "exact",
         positions: str = "relative",
         checkpointing: bool = False,
+        cpu_bfloat16: bool = False,
     ) -> None:
         super().__init__()
         if stem not in STEMS:
@@ -106,7 +107,7 @@ class SACViT(nn.Module):
             self.stem: nn.Module = ConvStem(input_channels, embed_dim, token_size, stem_channels, fidelity)
         else:
             self.stem = PatchStem(input_channels, embed_dim, token_size, fidelity)
-        self.transformer = Transformer(embed_dim, depth, num_heads, mlp_ratio, checkpointing)
+        self.transformer = Transformer(embed_dim, depth, num_heads, mlp_ratio, checkpointing, cpu_bfloat16)
         self.set_drop_path(drop_path)
 
     @property
@@ -194,4 +195,5 @@ ENCODER_ARGUMENTS = (
     "fidelity",
     "positions",
     "checkpointing",
+    "cpu_bfloat16",
 )

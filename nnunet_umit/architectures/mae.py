@@ -90,7 +90,9 @@ class MaskedAutoencoder(Transferable):
         self.embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(decoder_dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.decoder = Transformer(decoder_dim, decoder_depth, decoder_heads)
+        self.decoder = Transformer(
+            decoder_dim, decoder_depth, decoder_heads, cpu_bfloat16=encoder.transformer.cpu_bfloat16
+        )
         self.head = SACUp(decoder_dim, input_channels, encoder.token_size, fidelity)
         nn.init.normal_(self.head.weight, std=0.02)  # the first prediction is near zero, the first loss near 1
 

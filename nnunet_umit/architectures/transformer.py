@@ -6,6 +6,7 @@ Shape legend: B batch, L tokens, E width, h width of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +86,25 @@ class Transformer(nn.Module):
 
     Args:
         checkpointing: recompute each block in the backward pass: less memory for about a third more time.
+        cpu_bfloat16: on a CPU, multiply in bfloat16. It pays where the CPU has avx512_bf16 or AMX; elsewhere it is
+            emulated, slowly. Weights, residuals and norms of them stay float32, and so do all convolutions, which a
+            CPU has no fast bfloat16 for: a training's autocast must not reach them.
     """
 
     def __init__(
-        self, dim: int, depth: int, num_heads: int, mlp_ratio: float = 8 / 3, checkpointing: bool = False
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 8 / 3,
+        checkpointing: bool = False,
+        cpu_bfloat16: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.checkpointing = checkpointing
+        self.cpu_bfloat16 = cpu_bfloat16
         self.apply(_initialise)
 
     def set_drop_path(self, rate: float) -> None:
@@ -122,13 +133,19 @@ class Transformer(nn.Module):
 
     def run(self, tokens_BLE: Tensor, rope: Tensor | None, blocks: range, queries: Tensor | None = None) -> Tensor:
         """Some of the blocks, without the final norm; ``queries`` as in :meth:`forward`."""
-        for index in blocks:
-            wanted = queries if index == len(self.blocks) - 1 else None
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens_BLE = checkpoint(self.blocks[index], tokens_BLE, rope, wanted, use_reentrant=False)
-            else:
-                tokens_BLE = self.blocks[index](tokens_BLE, rope, wanted)
+        with self._precision(tokens_BLE.device):
+            for index in blocks:
+                wanted = queries if index == len(self.blocks) - 1 else None
+                if self.checkpointing and torch.is_grad_enabled():
+                    tokens_BLE = checkpoint(self.blocks[index], tokens_BLE, rope, wanted, use_reentrant=False)
+                else:
+                    tokens_BLE = self.blocks[index](tokens_BLE, rope, wanted)
         return tokens_BLE
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        if self.cpu_bfloat16 and device.type == "cpu":
+            return torch.autocast("cpu", dtype=torch.bfloat16)
+        return nullcontext()
 
 
 def _initialise(module: nn.Module) -> None:

@@ -107,6 +107,7 @@ class Task:
             "fidelity": "exact",
             "positions": "relative",
             "checkpointing": False,
+            "cpu_bfloat16": False,
         }
 
     def _fit(self, size: str, token_size: int, limit: float, shape: tuple[float, ...]) -> Layout:

@@ -37,8 +37,8 @@ from torch.overrides import TorchFunctionMode
 OPTIMISER_BYTES = 16  # per parameter: fp32 weight, gradient, two AdamW moments
 CONTEXT_BYTES = 500_000_000  # CUDA context with cuDNN and cuBLAS workspaces, before the first tensor
 IN_FLIGHT = 2  # gradient of an output and of an input exist together while a layer is differentiated
-LOSS_BYTES_PER_LOGIT = 16  # fp32: softmax (Dice), log-softmax (cross-entropy), one product, one gradient
-LOSS_BYTES_PER_VOXEL = 16  # target as float and as int64, one-hot rows as bool
+LOSS_BYTES_PER_LOGIT = 20  # fp32: softmax (Dice), two log-softmaxes (cross-entropies), one product, one gradient
+LOSS_BYTES_PER_VOXEL = 28  # target as float and twice as int64, one-hot rows as bool, weights of the balanced voxels
 
 GB = 1e9
 PRECISIONS = ("mixed", "full")

@@ -18,10 +18,12 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_umit.config import FinetuneConfig
 from nnunet_umit.plans.network import PlannedSegmenter
+from nnunet_umit.trainers.balance import balanced_cross_entropy, fading
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.optimisation import frozen_parameters, last_layer, set_layer_decay, set_trainable
 from nnunet_umit.trainers.pictures import Panel
@@ -33,7 +35,8 @@ LIGHT_BELOW = 50  # times that a training shows each of its cases
 class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
     """Dice and cross-entropy with deep supervision (nnU-Net's loss), AdamW with layer-wise learning rates.
 
-    Region-based labels and an ignore label work as in nnU-Net; cascades are refused.
+    In the first part of a training a class-balanced cross-entropy is added (``finetune.balance``). Region-based labels
+    and an ignore label work as in nnU-Net; cascades are refused.
     """
 
     section = "finetune"
@@ -132,9 +135,25 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         super().on_train_epoch_start()
 
     def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """nnU-Net's loss."""
+        """nnU-Net's loss, and the balanced cross-entropy that fades."""
         output = self.network(self.to_device(batch["data"]))
-        return self.loss(output, self._targets(output, batch))
+        targets = self._targets(output, batch)
+        loss: torch.Tensor = self.loss(output, targets)
+        weight = fading(self.iteration() / (self.num_epochs * self.num_iterations_per_epoch), self.config.balance)
+        if weight and self.balance is not None:
+            loss = loss + weight * self.balance(output, targets)
+        return loss
+
+    @functools.cached_property
+    def balance(self) -> Any:
+        """Balanced cross-entropy of an output and its target, or of lists of them with nnU-Net's weights of deep
+        supervision; None for regions, whose Dice does not let one win over another."""
+        if self.label_manager.has_regions:
+            return None
+        single = functools.partial(balanced_cross_entropy, ignore_label=self.label_manager.ignore_label)
+        if isinstance(self.loss, DeepSupervisionWrapper):
+            return DeepSupervisionWrapper(single, self.loss.weight_factors)
+        return single
 
     def _targets(self, output: Any, batch: dict[str, Any]) -> Any:
         """A target for every output; native networks give all of them at full resolution."""
