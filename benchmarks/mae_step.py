@@ -8,7 +8,8 @@ the patch stem and with the conv stem that the planner chooses. Peak memory: two
 
 Where the CPU has avx512_bf16 or AMX, one more row is ours at equal size with the transformer's products in bfloat16.
 
-MONAI is measured, never used: it is no dependency. It is installed beside the benchmarks if it is missing.
+MONAI is measured, never used: it is no dependency. It is installed beside the benchmarks if it is missing. With
+``--nnssl CHECKOUT`` nnssl's EvaMAE is one more row (nnssl.py), with the same decoder depth and 8 heads of 48 channels.
 
 Claims: our step costs at most 0.7 times the CPU seconds and 0.7 times the memory of MONAI's; with bfloat16 at most 0.6
 times ours.
@@ -17,14 +18,17 @@ times ours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import nnssl, peers
 from benchmarks.common import Results, parser, prepare_torch, provenance, say, verdict
 from benchmarks.step_memory import peak_memory
+from benchmarks.step_process import StepProcess
 from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table, summarise
 
 CLAIM = "an MAE step takes <= 0.7 x CPU seconds and <= 0.7 x memory of MONAI's MaskedAutoEncoderViT of equal size, fp32"
@@ -39,6 +43,7 @@ BATCHES = {4096: 1}  # MONAI's attention keeps every head's matrix
 BATCH = 2
 OPTIMISER: dict[str, Any] = {"lr": 1.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "fused": True}
 REFERENCE, OURS, BFLOAT16 = "MONAI", "UMIT, equal size", "UMIT, equal size, bfloat16"
+NNSSL = "nnssl EvaMAE"
 UMIT_ARMS = {  # stem and decoder
     OURS: ("patch", DECODER),
     "UMIT, narrow decoder": ("patch", NARROW),
@@ -119,13 +124,24 @@ def step_of(arm: str, image_size: tuple[int, ...], batch: int) -> Callable[[], N
     return build(arm, image_size, batch)[1]
 
 
-def measure(image_size: tuple[int, ...], batch: int, repeats: int, warmup: int, kept: bool) -> dict[str, Any]:
-    """All arms on images of one size; ``kept`` is only noted."""
+def measure(
+    image_size: tuple[int, ...], batch: int, repeats: int, warmup: int, kept: bool, checkout: str | None = None
+) -> dict[str, Any]:
+    """All arms on images of one size; whether freed memory is ``kept`` was set before."""
     threads, arms = torch.get_num_threads(), arms_here()
     memory = {arm: peak_memory("benchmarks.mae_step:step_of", arm, image_size, batch, threads=threads) for arm in arms}
-    built = {arm: build(arm, image_size, batch) for arm in arms}
-    networks = {arm: network for arm, (network, _) in built.items()}
-    samples = interleaved({arm: step for arm, (_, step) in built.items()}, repeats, warmup, repeat_line(repeats))
+    parameters: dict[str, int] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    for arm in arms:
+        network, steps[arm] = build(arm, image_size, batch)
+        parameters[arm] = sum(each.numel() for each in network.parameters())
+    with ExitStack() as stack:
+        if checkout is not None:
+            sizes = (checkout, image_size, batch, TOKEN, MASK_RATIO, ENCODER, DECODER["decoder_depth"], OPTIMISER)
+            memory[NNSSL] = peak_memory("benchmarks.nnssl:step_of", *sizes, threads=threads)
+            remote = StepProcess("benchmarks.nnssl:build", *sizes, threads=threads, keep_freed_memory=kept)
+            steps[NNSSL], parameters[NNSSL] = stack.enter_context(closing(remote)), remote.parameters
+        samples = interleaved(steps, repeats, warmup, repeat_line(repeats))
     return {
         "image_size": list(image_size),
         "tokens": image_size[0] * image_size[1] * image_size[2] // TOKEN**3,
@@ -140,11 +156,11 @@ def measure(image_size: tuple[int, ...], batch: int, repeats: int, warmup: int, 
         "arms": {
             name: summarise(samples[name])
             | {
-                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "parameters": parameters[name],
                 "peak_memory_bytes": memory[name],
                 "ratio": paired_ratio(samples[name], samples[REFERENCE]),
             }
-            for name, network in networks.items()
+            for name in steps
         },
         **provenance(["monai"]),
     }
@@ -175,17 +191,22 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3, full 15)")
     options_parser.add_argument("--tokens", type=int, action="append", choices=list(IMAGES), help="default: all")
+    options_parser.add_argument("--nnssl", type=Path, metavar="CHECKOUT", help="measure nnssl's EvaMAE too")
     options = options_parser.parse_args(arguments)
+    checkout = None if options.nnssl is None else str(options.nnssl.resolve())
+    if options.nnssl is not None:
+        nnssl.prepare(options.nnssl)
     kept = prepare_torch(options)
     results = Results("mae_step", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
     for tokens in options.tokens or ([175, 512] if options.quick else list(IMAGES)):
         key = f"{mode}/tokens{tokens}/threads{options.threads}" + ("/kept" if kept else "")
-        if results.get(key) is None or options.again:
+        stored = results.get(key)
+        if stored is None or options.again or (checkout and NNSSL not in stored["arms"]):
             say(f"{key} ...")
             repeats = options.repeats or (3 if options.quick else 15)
             batch = BATCHES.get(tokens, BATCH)
-            results.put(key, measure(IMAGES[tokens], batch, repeats, 1 if options.quick else 2, kept))
+            results.put(key, measure(IMAGES[tokens], batch, repeats, 1 if options.quick else 2, kept, checkout))
         say(report(results.get(key)))
 
 

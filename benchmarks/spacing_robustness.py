@@ -156,7 +156,7 @@ def plot(scored: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     colours = {"umit_native": "#0072B2", "umit_resampled": "#D55E00", "primus_s": "#009E73", CEILING: "#777777"}
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.5), layout="constrained")
     cases = 0
     for arm, scores in scored.items():
         means, colour = by_thickness(scores), colours[arm]
@@ -174,7 +174,7 @@ def plot(scored: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     axes.set_xticks(sorted({mm for scores in scored.values() for mm in by_thickness(scores)}))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower left", frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

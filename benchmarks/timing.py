@@ -26,7 +26,11 @@ class Sample:
 
 
 def timed(call: Callable[[], object]) -> Sample:
-    """Run ``call`` once and return its wall and CPU seconds."""
+    """Run ``call`` once and return its wall and CPU seconds; a call that runs elsewhere times itself (``timed()``)."""
+    elsewhere = getattr(call, "timed", None)
+    if elsewhere is not None:
+        sample: Sample = elsewhere()
+        return sample
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     return Sample(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)

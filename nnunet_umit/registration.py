@@ -253,7 +253,9 @@ def _lookup(
     """
     is_ours = isinstance(class_name, str) and class_name.startswith("UMIT") and current_module in _ROOMS
     if is_ours and (current_module, class_name) in REGISTRY:
-        return _import_class(REGISTRY[current_module, class_name], class_name)  # type: ignore[index]
+        found = _import_class(REGISTRY[current_module, class_name], class_name)  # type: ignore[index]
+        _use_fork_server()
+        return found
     found = original(folder, class_name, current_module, *args, **kwargs)
     if found is None and is_ours:
         sentence = _unknown(class_name, str(current_module))
@@ -297,8 +299,17 @@ def _import_class(module_name: str, class_name: str) -> "Any":
 def _find_for_prediction(original: "Callable[..., Any]", trainer_name: str, *args: "Any", **kwargs: "Any") -> "Any":
     """Classes of :data:`PREDICTION`; any other trainer is looked up as nnU-Net does it."""
     if trainer_name in PREDICTION:
-        return _import_class(*PREDICTION[trainer_name])
+        found = _import_class(*PREDICTION[trainer_name])
+        _use_fork_server()
+        return found
     return original(trainer_name, *args, **kwargs)
+
+
+def _use_fork_server() -> None:
+    """Workers of this command start from a process that has imported nnU-Net already."""
+    from nnunet_umit.workers import use_fork_server
+
+    use_fork_server()
 
 
 def _load_pretrained(

@@ -1,0 +1,65 @@
+"""Worker processes that start in a moment.
+
+nnU-Net starts the workers of preprocessing, export and evaluation with ``spawn``: each of them imports torch and
+nnU-Net again, seconds of a core for every worker. Python's own ``forkserver`` (the default of Python 3.14 on Linux)
+imports them once, in a clean process that never computes anything, and forks the workers from that. What a worker does,
+and what it is given, is the same.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from typing import Any
+
+STARTING = (  # modules of nnU-Net that start workers
+    "nnunetv2.evaluation.evaluate_predictions",
+    "nnunetv2.inference.data_iterators",
+    "nnunetv2.inference.predict_from_raw_data",
+    "nnunetv2.preprocessing.preprocessors.default_preprocessor",
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer",
+)
+IMPORTED = (  # what the commands import, and so every worker of theirs
+    "nnunetv2.experiment_planning.plan_and_preprocess_api",
+    "nnunetv2.inference.predict_from_raw_data",
+    "nnunetv2.run.run_training",
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer",
+    "nnunet_umit.plans.preprocessor",
+)
+
+
+class ForkingMultiprocessing:
+    """The module :mod:`multiprocessing`, with a fork server where spawned processes are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(multiprocessing, name)
+
+    def get_context(self, method: str | None = None) -> BaseContext:
+        """As :func:`multiprocessing.get_context`, but for ``"spawn"``; a server starts with its first worker."""
+        if method != "spawn":
+            return multiprocessing.get_context(method)
+        multiprocessing.set_forkserver_preload([name for name in IMPORTED if name in sys.modules])
+        try:
+            forkserver.ensure_running()
+        except OSError as error:  # no sockets or processes to be had; nnU-Net's own way may still work, or says more
+            print(f"nnunet-umit: no fork server ({error}); nnU-Net's workers start more slowly", file=sys.stderr)
+            return multiprocessing.get_context(method)
+        return multiprocessing.get_context("forkserver")
+
+
+def use_fork_server() -> bool:
+    """Let the nnU-Net modules that this process has imported start their workers from a fork server.
+
+    Returns:
+        Whether it was done: on Linux only (macOS's libraries do not like to be forked, Windows cannot), and not in
+        worker processes, which start no workers.
+    """
+    if sys.platform != "linux" or multiprocessing.parent_process() is not None:
+        return False
+    for name in STARTING:
+        module = sys.modules.get(name)
+        if getattr(module, "multiprocessing", None) is multiprocessing:
+            module.multiprocessing = ForkingMultiprocessing()  # type: ignore[union-attr]
+    return True
