@@ -21,7 +21,7 @@ from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.batches import IndexedBatches, random_state
 from nnunet_umit.trainers.finetune import UMITTrainer
 from nnunet_umit.trainers.native import native_shapes, prepare, read_table, rotation_for
-from nnunet_umit.trainers.patches import Augmentation, CaseTable, Jitter, NativeSamples, weights_of
+from nnunet_umit.trainers.patches import Augmentation, CaseTable, Jitter, NativeSamples, draw_slice, weights_of
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
 from nnunet_umit.trainers.soft_tokens import UMITSoftTokenPretrainTrainer
 from nnunet_umit.trainers.tokenizer import UMITTokenizerTrainer
@@ -151,6 +151,16 @@ def test_thickening_equals_averaging_by_hand(native: Callable[..., dict], nnunet
     windows = means.unfold(2, 16, 1).unfold(3, 16, 1)  # every in-plane place of a 16 x 16 crop
     first, inside = sample[:, 4], (windows - sample[0, 4]).abs().amax((-1, -2))
     assert first.abs().sum() > 0 and float(inside.min()) < 1e-6
+
+
+def test_labels_of_thick_slices_are_drawn_by_their_share() -> None:
+    joined = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 2, 2], [2, 2, 2, 2]], dtype=torch.int16)
+    with random_state(0):
+        drawn = draw_slice(joined.expand(1, 4000, 4, 4))
+    assert drawn.shape == (1, 4000, 4) and drawn.dtype == torch.int16
+    shares = [[(drawn[..., voxel] == label).float().mean().item() for label in range(3)] for voxel in range(4)]
+    expected = [[0.75, 0.25, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.0, 1.0]]
+    np.testing.assert_allclose(shares, expected, atol=0.03)
 
 
 def test_small_images_are_marked_where_they_end(native: Callable[..., dict], nnunet_env: Any) -> None:

@@ -200,7 +200,7 @@ class NativeSamples:
             if request.slices > 1:
                 image = _join_slices(image, request.axis, request.slices).mean(-1)
                 inside = _join_slices(inside, request.axis, request.slices).amax(-1)
-                label = _join_slices(label, request.axis, request.slices).mode(-1).values
+                label = draw_slice(_join_slices(label, request.axis, request.slices))
             flipped = [axis + 1 for axis in self.mirror_axes if np.random.uniform() < MIRROR_PROBABILITY]
             image, inside, label = (each.flip(flipped) for each in (image, inside, label))
             turned = [each.permute(0, *(axis + 1 for axis in order)).contiguous() for each in (image, inside, label)]
@@ -268,6 +268,17 @@ def read_crop(array: Any, channels: slice, lower: Sequence[int], size: Sequence[
 def _join_slices(volume: torch.Tensor, axis: int, slices: int) -> torch.Tensor:
     """(C, D, H, W) -> the same with every ``slices`` neighbours along ``axis`` in a new last axis."""
     return volume.unflatten(axis + 1, (volume.shape[axis + 1] // slices, slices)).movedim(axis + 2, -1)
+
+
+def draw_slice(joined: torch.Tensor) -> torch.Tensor:
+    """(*size, slices) labels -> (*size): every thick voxel has the label of one of its slices, drawn at random.
+
+    So the share of a class in a thick voxel is the probability of its label, and what a network learns. The most
+    frequent label would be a hard decision, and where two slices differ always for the same class: a perfect network of
+    such labels, brought back to a thin grid, draws bodies that are too small.
+    """
+    index = torch.from_numpy(np.random.randint(joined.shape[-1], size=tuple(joined.shape[:-1])))
+    return joined.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
 def _where(inside: torch.Tensor) -> torch.Tensor | None:
