@@ -21,7 +21,15 @@ from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.batches import IndexedBatches, random_state
 from nnunet_umit.trainers.finetune import UMITTrainer
 from nnunet_umit.trainers.native import native_shapes, prepare, read_table, rotation_for
-from nnunet_umit.trainers.patches import Augmentation, CaseTable, Jitter, NativeSamples, draw_slice, weights_of
+from nnunet_umit.trainers.patches import (
+    Augmentation,
+    CaseTable,
+    Jitter,
+    NativeSamples,
+    draw_slice,
+    turned_patch,
+    weights_of,
+)
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
 from nnunet_umit.trainers.soft_tokens import UMITSoftTokenPretrainTrainer
 from nnunet_umit.trainers.tokenizer import UMITTokenizerTrainer
@@ -151,6 +159,32 @@ def test_thickening_equals_averaging_by_hand(native: Callable[..., dict], nnunet
     windows = means.unfold(2, 16, 1).unfold(3, 16, 1)  # every in-plane place of a 16 x 16 crop
     first, inside = sample[:, 4], (windows - sample[0, 4]).abs().amax((-1, -2))
     assert first.abs().sum() > 0 and float(inside.min()) < 1e-6
+
+
+def test_a_patch_turns_with_the_image_when_slices_are_averaged(native: Callable[..., dict], nnunet_env: Any) -> None:
+    """Along every axis of the image the crop covers what the planned patch covers."""
+    own = (1.0, 1.0, 1.0)
+    assert turned_patch((16, 24, 32), own, own) == (16, 24, 32)
+    assert turned_patch((16, 24, 32), own, (1.0, 1.0, 2.0)) == (32, 16, 24)
+    assert turned_patch((16, 24, 32), own, (1.0, 4.0, 1.0)) == (24, 16, 32)
+    assert turned_patch((16, 24, 32), (1.0, 1.0, 1.4), (1.0, 1.0, 1.4)) == (16, 24, 32), "thick from the start"
+    assert turned_patch((16, 24, 32), (1.0, 1.0, 1.4), (1.0, 3.0, 1.4)) == (32, 24, 16)
+    native(cases=1, spacings=(own,))
+    dataset = UnlabelledBlosc2(str(case_folder(nnunet_env)))
+    made = NativeSamples(
+        dataset, read_table(dataset), batch_size=2, patch=(8, 16, 24), planned=ISOTROPIC, labels=NoLabels(),
+        oversample_foreground=0.0, jitter=Jitter(thicken=1.0, thickest=2), augmentation=Nothing(),
+    )  # fmt: skip
+    seen = set()
+    for index in range(30):
+        with random_state(index):
+            first, second = made.draw()
+            sample = made.make(first, 0)[0]
+        assert first.axis == second.axis, "the three shapes differ, and a batch has one"
+        expected = {0: (4, 16, 24), 1: (8, 8, 24), 2: (12, 8, 16)}[first.axis]
+        assert sample.shape[1:] == expected and expected in native_shapes((8, 16, 24), ISOTROPIC, thickened=True)
+        seen.add(first.axis)
+    assert seen == {0, 1, 2}
 
 
 def test_labels_of_thick_slices_are_drawn_by_their_share() -> None:

@@ -31,10 +31,16 @@ def thick_axis(spacing: Sequence[float]) -> int:
     return axis if spacing[axis] > NEARLY_EQUAL * spacing[0] else 0
 
 
+def axis_order(spacing: Sequence[float]) -> tuple[int, int, int]:
+    """Axes of an image as the network sees them: the thick one, then the others."""
+    first = thick_axis(spacing)
+    second, third = (axis for axis in range(3) if axis != first)
+    return first, second, third
+
+
 def depth_first(spacing: Sequence[float]) -> tuple[float, ...]:
     """Spacing with the thick axis in front; two values for a 2D image."""
-    axis = thick_axis(spacing)
-    turned = (spacing[axis], *(spacing[each] for each in range(3) if each != axis))
+    turned = tuple(spacing[axis] for axis in axis_order(spacing))
     return turned[1:] if Anisotropy.from_spacing(turned).planar else turned
 
 
@@ -90,12 +96,11 @@ class NativeView:
         for axis in range(3):
             where = torch.nonzero(inside.any(tuple(other for other in range(3) if other != axis)[::-1])).flatten()
             extents.append(slice(int(where[0]), int(where[-1]) + 1))
-        first = thick_axis(read[0])
-        order = (first, *(axis for axis in range(3) if axis != first))
+        order = axis_order(read[0])
         box = (extents[0], extents[1], extents[2])
         image = batch[:, :-SPACING_CHANNELS, box[0], box[1], box[2]].permute(0, 1, *(axis + 2 for axis in order))
         spacings = tuple(depth_first(row) for row in read)
-        return cls(image.contiguous(), spacings, order, box, tuple(batch.shape[2:]))  # type: ignore[arg-type]
+        return cls(image.contiguous(), spacings, order, box, tuple(batch.shape[2:]))
 
     def restore(self, logits: Tensor) -> Tensor:
         """(B, K, ...) logits of the view at any resolution -> (B, K, D, H, W) of the batch, background outside."""

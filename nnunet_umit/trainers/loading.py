@@ -136,7 +136,7 @@ class LoadingTrainer(ResumableTrainer):
         planned = Anisotropy.from_spacing(manager.network_arch_init_kwargs["spacing"])
         chosen, _, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         prepared = {}
-        for shape in native_shapes(patch, planned):
+        for shape in native_shapes(patch, planned, training and self.config.thicken > 0):
             if training:
                 rotation, in_plane, read = (None, False, shape) if chosen is None else rotation_for(shape)
                 transforms = self.training_transforms(shape, rotation, None, in_plane, None)

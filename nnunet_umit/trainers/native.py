@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,10 +82,15 @@ def prepare(read: Shape, transforms: BasicTransform | None) -> Prepared:
     )
 
 
-def native_shapes(patch: Sequence[int], planned: Anisotropy) -> list[Shape]:
-    """Crops (thick axis first) of every level, and of 2D images."""
+def native_shapes(patch: Sequence[int], planned: Anisotropy, thickened: bool = False) -> list[Shape]:
+    """Crops (thick axis first) of every level, and of 2D images.
+
+    Args:
+        thickened: along any axis, which then comes first.
+    """
     spacings = [(2.0**level, 1.0, 1.0) for level in range(MAX_LEVEL + 1)]
-    shapes = [crop_shape(patch, planned, spacing) for spacing in spacings]
+    patches = itertools.permutations(patch) if thickened else [tuple(patch)]
+    shapes = [crop_shape(each, planned, spacing) for each in patches for spacing in spacings]
     return list(dict.fromkeys([*shapes, (1, *tuple(patch)[1:])]))
 
 

@@ -13,7 +13,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 
-from nnunet_umit.architectures.native import append_spacing, depth_first, thick_axis
+from nnunet_umit.architectures.native import append_spacing, axis_order, depth_first, thick_axis
 from nnunet_umit.plans.native import crop_shape
 from nnunet_umit.spacing import Anisotropy
 
@@ -90,11 +90,13 @@ class Jitter:
 
 @dataclass(frozen=True)
 class NativeRequest:
-    """A sample to be made: row of the case table, and what its slices and spacing become."""
+    """A sample to be made: row of the case table, what its slices and spacing become, and the ``shape`` of the crop
+    with that spacing, thick axis first."""
 
     row: int
     case: str
     spacing: tuple[float, float, float]
+    shape: tuple[int, int, int]
     zoom: float
     slices: int
     axis: int
@@ -106,8 +108,9 @@ class NativeRequest:
 class NativeSamples:
     """Patches of cases on their own grid; a batch holds one anisotropy level, and every case is drawn by its weight.
 
-    The first sample of a batch is drawn without restriction and fixes the level; the others are drawn until they have
-    it too. So the levels come as often as the cases that have them, and no state has to be kept between batches.
+    The first sample of a batch is drawn without restriction and fixes level and shape; the others are drawn until they
+    have them too. So the levels come as often as the cases that have them, and no state has to be kept between batches.
+    Where slices are averaged the patch turns with the image, so that it covers the same part of the body.
 
     Samples come out with the thick axis first and with their spacing as three more channels.
 
@@ -151,11 +154,12 @@ class NativeSamples:
     def draw(self) -> list[NativeRequest]:
         """Samples that share a level."""
         chosen = [self._request()]
-        level = _level(chosen[0].spacing)
+        wanted = (_level(chosen[0].spacing), chosen[0].shape)
         for _ in range(MOST_DRAWS // DRAWS):
             if len(chosen) >= self.batch_size:
                 break
-            chosen += [each for each in (self._request() for _ in range(DRAWS)) if _level(each.spacing) == level]
+            drawn = [self._request() for _ in range(DRAWS)]
+            chosen += [each for each in drawn if (_level(each.spacing), each.shape) == wanted]
         return (chosen * self.batch_size)[: self.batch_size]
 
     def _request(self) -> NativeRequest:
@@ -165,27 +169,29 @@ class NativeSamples:
         if np.random.uniform() < self.jitter.thicken and _level(spacing) == (0, False):
             slices, axis = int(np.random.randint(2, self.jitter.thickest + 1)), int(np.random.randint(3))
             spacing[axis] *= slices
+        patch = turned_patch(self.patch, self.table.spacings[row], spacing)
         zoom = 1.0
         if np.random.uniform() < self.jitter.zoom:
             zoom = float(np.random.uniform(*self.jitter.zooms))
-            zoomed = self._zoomed(spacing, zoom)
+            zoomed = self._zoomed(patch, spacing, zoom)
             zoom, spacing = (1.0, spacing) if zoomed is None else (zoom, zoomed)
-        return NativeRequest(row, self.table.cases[row], (spacing[0], spacing[1], spacing[2]), zoom, slices, axis)
+        shape = crop_shape(patch, self.planned, spacing)
+        return NativeRequest(
+            row, self.table.cases[row], (spacing[0], spacing[1], spacing[2]), shape, zoom, slices, axis
+        )
 
-    def _zoomed(self, spacing: Sequence[float], zoom: float) -> list[float] | None:
+    def _zoomed(self, patch: Sequence[int], spacing: Sequence[float], zoom: float) -> list[float] | None:
         """The spacing after a zoom: of all axes, or within thick slices; None where it would turn one kind into the
         other."""
-        in_plane = rotates_in_plane(crop_shape(self.patch, self.planned, spacing))
+        in_plane = rotates_in_plane(crop_shape(patch, self.planned, spacing))
         fixed = thick_axis(spacing) if in_plane else None
         zoomed = [value if axis == fixed else value * zoom for axis, value in enumerate(spacing)]
-        return zoomed if rotates_in_plane(crop_shape(self.patch, self.planned, zoomed)) == in_plane else None
+        return zoomed if rotates_in_plane(crop_shape(patch, self.planned, zoomed)) == in_plane else None
 
     def make(self, request: NativeRequest, position: int) -> tuple[torch.Tensor, Any, str, str]:
         """Image (C + 3, D, H, W) and target, thick axis first."""
         data, segmentation, _, properties = self.dataset.load_case(request.case)
-        shape = crop_shape(self.patch, self.planned, request.spacing)
-        first = thick_axis(request.spacing)
-        order = [first, *(axis for axis in range(3) if axis != first)]
+        shape, order = request.shape, axis_order(request.spacing)
         force = position >= round(self.batch_size * (1 - self.oversample_foreground))
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             final, read = (
@@ -268,6 +274,16 @@ def read_crop(array: Any, channels: slice, lower: Sequence[int], size: Sequence[
 def _join_slices(volume: torch.Tensor, axis: int, slices: int) -> torch.Tensor:
     """(C, D, H, W) -> the same with every ``slices`` neighbours along ``axis`` in a new last axis."""
     return volume.unflatten(axis + 1, (volume.shape[axis + 1] // slices, slices)).movedim(axis + 2, -1)
+
+
+def turned_patch(patch: Sequence[int], own: Sequence[float], spacing: Sequence[float]) -> tuple[int, int, int]:
+    """A patch (thick axis of the ``own`` spacing first) for an image that was given another ``spacing``.
+
+    It has the same voxels along every axis of the image, in the order that the network sees now.
+    """
+    before, after = axis_order(own), axis_order(spacing)
+    depth, height, width = (int(patch[before.index(axis)]) for axis in after)
+    return depth, height, width
 
 
 def draw_slice(joined: torch.Tensor) -> torch.Tensor:
