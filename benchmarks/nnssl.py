@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import REPOSITORY, say
+from benchmarks.common import REPOSITORY
+from benchmarks.peers import install_beside
 
 TIMM = "timm==1.0.16"
 HEADS = 8  # its rotary positions need heads whose width is a multiple of 6: 48, not 64
@@ -39,9 +39,7 @@ def prepare(checkout: Path) -> None:
         raise FileNotFoundError(f"{wanted} is missing: --nnssl must name a checkout of github.com/MIC-DKFZ/nnssl")
     folder = timm_folder()
     if not (folder / "timm").is_dir():
-        say(f"installing {TIMM} into {folder.name}/ (it is only measured, no dependency) ...")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TIMM]
-        subprocess.run(command, check=True)
+        install_beside(TIMM, folder)
 
 
 def build(

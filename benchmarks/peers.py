@@ -23,6 +23,17 @@ def monai_folder() -> Path:
     return Path(os.environ.get("UMIT_MONAI") or REPOSITORY / "benchmarks" / "work" / "monai").resolve()
 
 
+def install_beside(requirement: str, folder: Path) -> None:
+    """Install a package into a folder of its own, without what it needs: nnU-Net brings that.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install it.
+    """
+    say(f"installing {requirement} into {folder.name}/ (it is only measured, no dependency) ...")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), requirement]
+    subprocess.run(command, check=True)
+
+
 def import_monai(module: str) -> Any:
     """A module of MONAI, from the environment or from :func:`monai_folder`, where it is installed if it is missing.
 
@@ -35,9 +46,7 @@ def import_monai(module: str) -> Any:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # behind the environment: only monai itself comes from there
     if importlib.util.find_spec("monai") is None:
-        say(f"installing {MONAI} into {folder.name}/ (it is only measured, no dependency) ...")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), MONAI]
-        subprocess.run(command, check=True)
+        install_beside(MONAI, folder)
         importlib.invalidate_caches()
     return importlib.import_module(module)
 

@@ -147,7 +147,7 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
     @functools.cached_property
     def balance(self) -> Any:
         """Balanced cross-entropy of an output and its target, or of lists of them with nnU-Net's weights of deep
-        supervision; None for regions, whose Dice does not let one win over another."""
+        supervision; None for regions, which overlap: a voxel has no one class."""
         if self.label_manager.has_regions:
             return None
         single = functools.partial(balanced_cross_entropy, ignore_label=self.label_manager.ignore_label)
