@@ -207,7 +207,10 @@ class Bench:
         return getattr(getattr(get_umit_config(planned["configurations"][self.configuration]), section), name)
 
     def train(self, folder: Path, name: str, **settings: Any) -> dict[str, Any]:
-        """One sub-process of budgeted_training; returns its report. What an earlier, killed call finished is kept."""
+        """One sub-process of budgeted_training; returns its report.
+
+        What an earlier, killed call finished is kept if it was the same job, the contents of the plans included.
+        """
         job: dict[str, Any] = {
             "dataset": self.dataset,
             "configuration": self.configuration,
@@ -225,7 +228,11 @@ class Bench:
             "overhead_s": 0.0,
             "report": str(folder / f"{name}.report.json"),
         } | settings
+        plans = self.base / f"{job['plans']}.json"
+        job["plans_sha1"] = hashlib.sha1(plans.read_bytes()).hexdigest()
         path, done = folder / f"{name}.job.json", Path(job["report"])
+        if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(job))):
+            done.unlink(missing_ok=True)
         if not (done.is_file() and json.loads(done.read_text(encoding="utf-8"))["finished"]):
             write_json(path, job)
             self.call([sys.executable, "-m", "benchmarks.budgeted_training", str(path)], folder)

@@ -3,10 +3,10 @@
 A step is what the trainer does with a batch: forward, Dice + CE (with deep supervision where the trainer has it),
 backward, gradient clipping, optimiser. Each network keeps the optimiser of its own trainer: SGD with Nesterov momentum,
 clip 12 (nnUNetTrainer); fused AdamW, clip 1 (Primus, and MONAI's networks, which have no trainer); fused AdamW with
-layer-wise rates, clip from the plan (UMIT). Random images and labels: no data needed. The same batch for all, and the
-same patch, but UNETR and SwinUNETR cannot take it: they get the next one that they can, 48 x 64 x 48 and 64 x 64 x 64.
-fp32, CPU. Peak memory is that of two steps in a process of its own. One more row tells what activation checkpointing
-costs and saves.
+layer-wise rates, clip from the plan, and the balanced cross-entropy of the first half of a training (UMIT). Random
+images and labels: no data needed. The same batch for all, and the same patch, but UNETR and SwinUNETR cannot take it:
+they get the next one that they can, 48 x 64 x 48 and 64 x 64 x 64. fp32, CPU. Peak memory is that of two steps in a
+process of its own. One more row tells what activation checkpointing costs and saves.
 
 Claims: CPU seconds of UMIT at most 0.25 times PlainConvUNet's, and no more than Primus-S's.
 """
@@ -31,6 +31,7 @@ BAR = 0.25
 CHECKPOINTING = "UMIT, activation checkpointing"
 PADDED = {"MONAI UNETR": [48, 64, 48], "MONAI SwinUNETR": [64, 64, 64]}  # multiples of 16 and of 32
 ARMS = ("PlainConvUNet", "Primus-S", "UMIT", CHECKPOINTING, *PADDED)
+OURS = ("UMIT", CHECKPOINTING)
 CLASSES = 3  # background, anterior, posterior
 
 # nnU-Net 2.8.1's default plan for Dataset004_Hippocampus (206 cases), 3d_fullres
@@ -103,14 +104,23 @@ def build(plan: dict[str, Any]) -> nn.Module:
     )
 
 
-def loss_function(scales: int) -> Callable[[Any, Any], Tensor]:
-    """nnU-Net's Dice + CE; for ``scales`` > 1 its deep supervision with weights 1, 1/2, ... and the coarsest off."""
+def loss_function(scales: int, balanced: bool = False) -> Callable[[Any, Any], Tensor]:
+    """nnU-Net's Dice + CE; for ``scales`` > 1 its deep supervision with weights 1, 1/2, ... and the coarsest off.
+
+    Args:
+        balanced: UMIT's balanced cross-entropy is added, as in the first half of a training.
+    """
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
     from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
+    from nnunet_umit.trainers.balance import balanced_cross_entropy
+
     dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
-    loss = DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
+    stock = DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
+    loss: Callable[[Any, Any], Tensor] = stock
+    if balanced:
+        loss = lambda output, target: stock(output, target) + balanced_cross_entropy(output, target)  # noqa: E731
     if scales == 1:
         return loss
     weights = [0.5**scale for scale in range(scales)]
@@ -149,7 +159,7 @@ def make_step(
     sizes = [output.shape[2:] for output in outputs] if isinstance(outputs, (list, tuple)) else [outputs.shape[2:]]
     targets: Any = [nn.functional.interpolate(labels, size) for size in sizes]
     targets = targets if len(sizes) > 1 else targets[0]
-    loss = loss_function(len(sizes))
+    loss = loss_function(len(sizes), balanced=name in OURS)
     optimizer, clip = optimiser(name, network, finetune)
 
     def step() -> None:

@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.step_memory import in_fresh_process, peak_growth
+from benchmarks.child import in_fresh_process
+from benchmarks.step_memory import peak_growth
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -22,8 +23,8 @@ def measure_training_memory(
         RuntimeError: the process died, most likely because memory ran out.
         OSError: this system cannot reset the peak (only Linux can).
     """
-    return in_fresh_process(
-        _training_steps, dict(arch_kwargs), tuple(patch_size), input_channels, num_classes, batch_size
+    return int(
+        in_fresh_process(_training_steps, dict(arch_kwargs), tuple(patch_size), input_channels, num_classes, batch_size)
     )
 
 

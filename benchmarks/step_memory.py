@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import in_fresh_process, named
 
 STEPS = 2
 
@@ -26,7 +25,7 @@ def peak_memory(builder: str, *arguments: Any, threads: int) -> int | None:
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    return in_fresh_process(_measure, threads, builder, arguments)
+    return int(in_fresh_process(_measure, threads, builder, arguments))
 
 
 def _measure(threads: int, builder: str, arguments: tuple[Any, ...]) -> int:
@@ -34,8 +33,7 @@ def _measure(threads: int, builder: str, arguments: tuple[Any, ...]) -> int:
     from torch import nn
 
     torch.set_num_threads(threads)
-    module, _, function = builder.partition(":")
-    build: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), function)
+    build = named(builder)
     # libraries load their kernels in a first step; that memory is no network's
     small = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.GroupNorm(8, 8), nn.Flatten(2), nn.Linear(512, 8))
     small(torch.randn(1, 1, 8, 8, 8)).sum().backward()
@@ -46,31 +44,6 @@ def _measure(threads: int, builder: str, arguments: tuple[Any, ...]) -> int:
             step()
 
     return peak_growth(steps)
-
-
-def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
-    """What a function of a module returns in a new process.
-
-    Raises:
-        RuntimeError: the process died, most likely because memory ran out.
-    """
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(send, function, arguments))
-    process.start()
-    send.close()
-    try:
-        return int(receive.recv())
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the measuring process ended with exit code {process.exitcode}; see its message") from None
-    finally:
-        process.join()
-
-
-def _answer(send: Connection, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
-    send.send(function(*arguments))
-    send.close()
 
 
 def peak_growth(work: Callable[[], object]) -> int:

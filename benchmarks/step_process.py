@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.child import Child, named
 from benchmarks.timing import Sample, timed
 
 
@@ -21,36 +20,17 @@ class StepProcess:
     """
 
     def __init__(self, builder: str, *arguments: Any, threads: int, keep_freed_memory: bool = False) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, builder, arguments, threads, keep_freed_memory), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self.parameters = int(self._receive())
+        self._child = Child(_serve, builder, arguments, threads, keep_freed_memory)
+        self.close = self._child.close
+        self.parameters = int(self._child.receive())
 
     def __call__(self) -> None:
         self.timed()
 
     def timed(self) -> Sample:
         """Take a step; its wall and CPU seconds, as the other process saw them."""
-        self._connection.send("step")
-        return Sample(*self._receive())
-
-    def close(self) -> None:
-        """End the process."""
-        self._connection.close()
-        self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            return self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(
-                f"the measuring process ended with exit code {self._process.exitcode}; see its message"
-            ) from None
+        self._child.connection.send("step")
+        return Sample(*self._child.receive())
 
 
 def _serve(connection: Connection, builder: str, arguments: tuple[Any, ...], threads: int, kept: bool) -> None:
@@ -61,8 +41,7 @@ def _serve(connection: Connection, builder: str, arguments: tuple[Any, ...], thr
     torch.set_num_threads(threads)
     if kept:
         keep_freed_memory()
-    module, _, function = builder.partition(":")
-    network, step = getattr(importlib.import_module(module), function)(*arguments)
+    network, step = named(builder)(*arguments)
     connection.send(sum(parameter.numel() for parameter in network.parameters()))
     while True:
         try:

@@ -2,7 +2,9 @@
 
 The only definition of these ideas; every other room imports it. Standard library only, so that planners and
 command line tools can use it without torch. Axis order is always (depth, height, width), and depth is the axis with
-the largest spacing (nnU-Net's transpose guarantees it).
+the largest spacing: nnU-Net's transpose guarantees it, and native images are turned so. Where they were turned,
+``order`` says which axes of the image these three were, and the stored weights turn alike: anatomy keeps its
+orientation, whichever axis the slices are thick along.
 
 Shape legend: B batch, C channels, D H W voxels, L tokens, P values in a token (depth, height, width, channel order).
 """
@@ -20,6 +22,7 @@ PLANAR_RATIO = 100.0
 TOLERANCE = 1e-6  # spacings that were calculated (oblique headers, zooms) are a hair off; 3.9999999 must be level 2
 
 Size3 = tuple[int, int, int]
+NATURAL: Size3 = (0, 1, 2)  # axes of an image that was not turned
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,16 @@ class Anisotropy:
         ratio: depth spacing / finest in-plane spacing, from 1 to 32, or ``math.inf`` for a 2D image, which has no
             neighbouring slices at all. Use :meth:`from_spacing` to clip a measured ratio into this range.
         ratios: one ratio for each sample of a batch, where they differ; they share a level, and the first is ``ratio``.
+        order: axes of the image that are depth, height and width here.
     """
 
     ratio: float
     ratios: tuple[float, ...] = ()
+    order: Size3 = NATURAL
 
     def __post_init__(self) -> None:
+        if sorted(self.order) != list(NATURAL):
+            raise ValueError(f"order {self.order} is not an order of the axes 0, 1 and 2")
         for ratio in (self.ratio, *self.ratios):
             if not (1.0 <= ratio <= MAX_RATIO or ratio == math.inf):
                 raise ValueError(
@@ -66,17 +73,17 @@ class Anisotropy:
         return cls(math.inf if ratio == PLANAR_RATIO else min(ratio, MAX_RATIO))
 
     @classmethod
-    def from_spacings(cls, spacings: Sequence[Sequence[float]]) -> Anisotropy:
-        """One spacing for each sample of a batch.
+    def from_spacings(cls, spacings: Sequence[Sequence[float]], order: Size3 = NATURAL) -> Anisotropy:
+        """One spacing for each sample of a batch, depth first; ``order`` as above.
 
         Raises:
             ValueError: the samples do not share a level.
         """
-        return cls._joined([cls.from_spacing(spacing).ratio for spacing in spacings])
+        return cls._joined([cls.from_spacing(spacing).ratio for spacing in spacings], order)
 
     @classmethod
-    def _joined(cls, ratios: Sequence[float]) -> Anisotropy:
-        return cls(ratios[0], tuple(ratios) if len(set(ratios)) > 1 else ())
+    def _joined(cls, ratios: Sequence[float], order: Size3) -> Anisotropy:
+        return cls(ratios[0], tuple(ratios) if len(set(ratios)) > 1 else (), order)
 
     @property
     def planar(self) -> bool:
@@ -101,7 +108,7 @@ class Anisotropy:
         if self.planar:
             return self
         steps = 2 ** min(halvings, self.level)
-        return Anisotropy._joined([max(ratio / steps, 1.0) for ratio in self.ratios or (self.ratio,)])
+        return Anisotropy._joined([max(ratio / steps, 1.0) for ratio in self.ratios or (self.ratio,)], self.order)
 
     def depth_stride(self, stride: int, halvings: int = 0) -> int:
         """Depth stride of a layer with in-plane stride ``stride`` that follows ``halvings`` in-plane halvings."""
@@ -132,11 +139,13 @@ class TokenGrid:
         token: token extent in voxels (depth, height, width).
         steps: position units from one token to the next along (depth, height, width), for every sample of a batch, or
             once where all samples agree.
+        order: axes of the image that are depth, height and width here.
     """
 
     image_size: Size3
     token: Size3
     steps: tuple[tuple[float, float, float], ...] = ((1.0, 1.0, 1.0),)
+    order: Size3 = NATURAL
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 1 or min(self.token) < 1:
@@ -164,11 +173,6 @@ class TokenGrid:
         """For ``torch.nn.functional.pad`` on (..., D, H, W): last axis first, far end only."""
         far = [padded - size for padded, size in zip(self.padded_size, self.image_size, strict=True)]
         return (0, far[2], 0, far[1], 0, far[0])
-
-    def positions(self, sample: int = 0) -> list[tuple[float, float, float]]:
-        """Position of every token, in token order, in position units; the first token is the origin."""
-        (depth, height, width), (dz, dy, dx) = self.shape, self.steps[sample]
-        return [(z * dz, y * dy, x * dx) for z in range(depth) for y in range(height) for x in range(width)]
 
     def patchify(self, image: Any) -> Any:
         """(B, C, *padded_size) tensor -> (B, L, P) tensor."""
@@ -207,7 +211,11 @@ class TokenGrid:
 
 
 def token_grid(
-    image_size: Sequence[int], spacings: Sequence[Sequence[float]], token_size: int, positions: str
+    image_size: Sequence[int],
+    spacings: Sequence[Sequence[float]],
+    token_size: int,
+    positions: str,
+    order: Size3 = NATURAL,
 ) -> TokenGrid:
     """The token grid of a batch of images in a network with in-plane token ``token_size``.
 
@@ -218,13 +226,14 @@ def token_grid(
         positions: ``"relative"``: one unit is one in-plane token, and equal millimetres are equal distances on every
             axis (depth steps are scaled by the token's real thickness); ``"index"``: PUMIT's plain token index;
             ``"mm"``: one unit is ``token_size`` millimetres, so tokens of different spacing agree as well.
+        order: axes of the image that are depth, height and width here.
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
     token = Anisotropy.from_spacings(spacings).token(token_size)
     steps = [_steps(spacing, token, positions) for spacing in spacings]
     depth, height, width = image_size
-    return TokenGrid((depth, height, width), token, tuple(steps) if len(set(steps)) > 1 else (steps[0],))
+    return TokenGrid((depth, height, width), token, tuple(steps) if len(set(steps)) > 1 else (steps[0],), order)
 
 
 def _steps(spacing: Sequence[float], token: Size3, positions: str) -> tuple[float, float, float]:

@@ -287,14 +287,24 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         Path(job["report"]).write_text(json.dumps({"finished": finished}))
 
     monkeypatch.setattr(bench, "call", finish)
+    write_plans(bench)
     folder = bench.run_folder("full/arm")
     for expected in (1, 2, 2):
         assert bench.run_folder("full/arm") == folder
         bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
         assert len(calls) == expected
+    write_plans(bench, balance=0.5)
+    bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
+    assert len(calls) == 3, "other plans: what was trained with the old ones is not kept"
     options.seed = 2
     bench.run_folder("full/arm")
     assert not (folder / "stock.report.json").exists(), "another run: nothing of the old one is kept"
+
+
+def write_plans(bench: equal_time.Bench, **values: Any) -> None:
+    """Plans ``P`` of nothing but some values."""
+    bench.base.mkdir(parents=True, exist_ok=True)
+    (bench.base / "P.json").write_text(json.dumps(values))
 
 
 def bench_of(work: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> equal_time.Bench:
@@ -346,6 +356,7 @@ def test_jobs_name_what_the_bench_stands_for(tmp_path, monkeypatch):
         Path(jobs[-1]["report"]).write_text(json.dumps({"finished": True}))
 
     monkeypatch.setattr(bench, "call", finish)
+    write_plans(bench)
     folder = bench.run_folder("full/corpus")
     bench.train(folder, "pretrain", trainer="T", plans="P", budget_s=1.0, epochs=2)
     assert [jobs[0][name] for name in ("dataset", "configuration", "fold", "seed")] == [

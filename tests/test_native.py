@@ -8,6 +8,7 @@ from torch import nn
 
 from nnunet_umit.architectures.mae import MaskedAutoencoder
 from nnunet_umit.architectures.native import NativeView, append_spacing, bucket, depth_first
+from nnunet_umit.architectures.rope import token_positions
 from nnunet_umit.architectures.sac import SACConv
 from nnunet_umit.architectures.unetr import UMITSegmenter
 from nnunet_umit.config import PretrainConfig
@@ -96,7 +97,9 @@ def test_mixed_anisotropy_shares_a_level() -> None:
     with pytest.raises(ValueError, match="one level"):
         Anisotropy.from_spacings([(5.0, 1.0, 1.0), (9.0, 1.0, 1.0)])
     grid = token_grid((6, 16, 16), [(4.0, 1.0, 1.0), (6.0, 1.0, 1.0)], 8, "relative")
-    assert grid.positions(0)[4] == (1.0, 0.0, 0.0) and grid.positions(1)[4] == (1.5, 0.0, 0.0)
+    assert token_positions(grid)[:, 4].tolist() == [[1.0, 0.0, 0.0], [1.5, 0.0, 0.0]]
+    turned = token_grid((6, 16, 16), [(4.0, 1.0, 1.0), (6.0, 1.0, 1.0)], 8, "relative", (2, 0, 1))
+    assert token_positions(turned)[:, 4].tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 1.5]], "slices along the last axis"
 
 
 def segmenter(native: bool, **options: Any) -> UMITSegmenter:
@@ -120,14 +123,38 @@ def test_a_native_network_gives_2d_slices_what_the_2d_network_gives() -> None:
     torch.testing.assert_close(native(batch)[:, :, 0], planar(batch[:, :1, 0]))
 
 
-def test_padding_and_axis_order_change_nothing() -> None:
+@pytest.mark.parametrize("spacing", [(4.0, 1.0, 1.0), (1.0, 4.0, 1.0)])
+def test_padding_changes_nothing(spacing: tuple[float, ...]) -> None:
     native = segmenter(True)
-    batch = tile((4.0, 1.0, 1.0), size=(5, 16, 24))
+    batch = tile(spacing, size=(8, 16, 24))
     plain = native(batch)
     padded = native(nn.functional.pad(batch, (2, 3, 0, 1, 4, 4)))
     torch.testing.assert_close(padded[:, :, 4:-4, :-1, 2:-3], plain)
-    turned = batch[:, [0, 2, 1, 3]].transpose(2, 3)  # the thick axis is now the second one
-    torch.testing.assert_close(native(turned).transpose(2, 3), plain)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+@pytest.mark.parametrize("stem", ["conv", "patch"])
+def test_weights_turn_with_the_image(order: tuple[int, int, int], stem: str) -> None:
+    """Where no axis is thick it does not matter which one the network takes for depth."""
+    network = segmenter(False, stem=stem, upsample="transposed").double()
+    image = torch.randn(1, 1, 16, 24, 8, dtype=torch.float64)
+    plain = network(image)
+    axes = [axis + 2 for axis in order]
+    encoding = network.encoder(image.permute(0, 1, *axes), order=order, taps=network.decoder.taps)
+    turned = network.decoder(encoding)[0]
+    torch.testing.assert_close(turned, plain.permute(0, 1, *axes))
+    if order != (0, 1, 2):
+        ignored = network.decoder(network.encoder(image.permute(0, 1, *axes), taps=network.decoder.taps))[0]
+        assert (ignored - turned).std() > 0.1 * plain.std(), "without the order it is another image"
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_hair_of_thickness_changes_next_to_nothing(axis: int) -> None:
+    """3 % thicker slices make that axis the depth, but the anatomy does not stand on its head."""
+    native, spacing = segmenter(True), [1.0, 1.0, 1.0]
+    spacing[axis] = 1.03
+    isotropic, hair = (native(tile(each, size=(16, 16, 16))) for each in ((1.0, 1.0, 1.0), tuple(spacing)))
+    assert 0 < (hair - isotropic).std() < 0.06 * isotropic.std()
 
 
 def test_a_batch_of_several_spacings_equals_each_sample_alone() -> None:

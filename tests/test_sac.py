@@ -110,6 +110,26 @@ def test_pumit_same_conv_keeps_slices_apart_while_they_are_thick() -> None:
     assert torch.equal(same_kernel(kernel, isotropic(2), 2, "pumit"), kernel)  # isotropic after two halvings
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1)])
+def test_slices_may_be_thick_along_any_axis_of_the_image(order: tuple[int, int, int]) -> None:
+    """Stored kernels have the axes of the image: on thin slices along any axis, each layer is the plain one."""
+    anisotropy, axis = Anisotropy(4.0, order=order), order[0] + 2
+    turned, back = [axis + 2 for axis in order], [order.index(axis) + 2 for axis in range(3)]
+    thick, kernel = random(1, 2, 8, 8, 8), random(3, 2, 3, 3, 3)
+    thin = thick.repeat_interleave(4, axis)
+    ours = same_conv(thick.permute(0, 1, *turned), same_kernel(kernel, anisotropy, 0, "exact"), None)
+    plain = F.conv3d(thin, kernel, padding=1).unflatten(axis, (8, 4)).mean(axis + 1)
+    torch.testing.assert_close(ours.permute(0, 1, *back), plain)
+    kernel = random(3, 2, 8, 8, 8)
+    ours = down_conv(thick.permute(0, 1, *turned), down_kernel(kernel, anisotropy, 0), None)
+    torch.testing.assert_close(ours.permute(0, 1, *back), F.conv3d(thin, kernel, stride=8))
+    kernel, coarse = random(2, 3, 8, 8, 8), random(1, 2, 1, 1, 1)
+    made = up_kernel(kernel, anisotropy, 3, "exact")
+    ours = F.conv_transpose3d(coarse, made, stride=tuple(made.shape[2:])).permute(0, 1, *back)
+    plain = F.conv_transpose3d(coarse, kernel, stride=8).unflatten(axis, (2, 4)).mean(axis + 1)
+    torch.testing.assert_close(ours, plain)
+
+
 def test_exact_same_conv_sees_its_neighbours_and_2d_has_none() -> None:
     kernel, image = random(3, 2, 3, 3, 3), random(1, 2, 4, 5, 5)
     reduced = same_kernel(kernel, isotropic(2), 0, "exact")

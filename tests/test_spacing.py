@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunet_umit.architectures.rope import token_positions
 from nnunet_umit.spacing import Anisotropy, TokenGrid, token_grid
 
 ratios = st.floats(min_value=1.0, max_value=32.0)
@@ -103,7 +104,7 @@ def test_patchify_keeps_every_axis(shape: tuple[int, int, int]) -> None:
         hot[0, index] = 1.0
         assert grid.unflatten(hot)[0, 0, z, y, x] == 1.0
         assert grid.expand(hot[..., 0])[0, 0, z, y * 2 + 1, x * 4 + 3] == 1.0
-        assert grid.positions()[index] == (z, y, x)
+        assert token_positions(grid)[0, index].tolist() == [z, y, x]
 
 
 def test_padding_reaches_whole_tokens_and_is_cropped_again() -> None:
@@ -125,4 +126,4 @@ def test_equal_millimetres_are_equal_positions(ratio: float) -> None:
     assert math.isclose(grid.steps[0][0], millimetres_in_depth / millimetres_in_plane)
     fine = token_grid((64, 64, 64), [(1.0, 1.0, 1.0)], 8, "mm")
     coarse = token_grid((64, 64, 64), [(2.0, 2.0, 2.0)], 8, "mm")
-    assert fine.positions()[2][2] == coarse.positions()[1][2]
+    assert token_positions(fine)[0, 2, 2] == token_positions(coarse)[0, 1, 2]

@@ -18,7 +18,7 @@ from nnunet_umit.architectures.rope import gather_table, rotary_table
 from nnunet_umit.architectures.sac import FIDELITIES
 from nnunet_umit.architectures.stem import STEMS, ConvStem, PatchStem
 from nnunet_umit.architectures.transformer import Transformer
-from nnunet_umit.spacing import Anisotropy, TokenGrid, token_grid
+from nnunet_umit.spacing import NATURAL, Anisotropy, Size3, TokenGrid, token_grid
 
 Spacings = Sequence[Sequence[float]]
 
@@ -119,16 +119,17 @@ class SACViT(nn.Module):
         """Change the stochastic depth rate (a training option, not part of the architecture)."""
         self.transformer.set_drop_path(rate)
 
-    def grid(self, image: Tensor, spacings: Spacings | None = None) -> TokenGrid:
+    def grid(self, image: Tensor, spacings: Spacings | None = None, order: Size3 = NATURAL) -> TokenGrid:
         """The token grid of an image (B, C, D, H, W), or (B, C, H, W) which is a 2D image."""
         size = tuple(image.shape[2:]) if image.dim() == 5 else (1, *image.shape[2:])
-        return token_grid(size, self._spacings(image, spacings), self.token_size, self.positions)
+        return token_grid(size, self._spacings(image, spacings), self.token_size, self.positions, order)
 
     def forward(
         self,
         image: Tensor,
         *,
         spacings: Spacings | None = None,
+        order: Size3 = NATURAL,
         visible: Tensor | None = None,
         taps: Sequence[int] = (),
     ) -> Encoding:
@@ -137,22 +138,31 @@ class SACViT(nn.Module):
         Args:
             image: (B, C, D, H, W), or (B, C, H, W), of any size; padded with zeros at the far end to whole tokens.
             spacings: mm of every sample, depth first, all of one level; None takes the network's own for all.
+            order: axes that depth, height and width were before the image was turned; the weights turn alike.
             visible: (B, K) token indices; nothing else of the image is seen.
             taps: zero-based blocks whose outputs are returned as well.
 
         Raises:
             ValueError: an image that has neither four nor five axes.
         """
-        embedded = self.embed(image, spacings=spacings, visible=visible)
+        embedded = self.embed(image, spacings=spacings, order=order, visible=visible)
         rope = self.rope(embedded.grid, visible, image.device)
         tokens, tapped = self.transformer(embedded.tokens, rope, taps=taps)
         return Encoding(tokens, tapped, embedded.features, embedded.image, embedded.grid, embedded.anisotropy)
 
-    def embed(self, image: Tensor, *, spacings: Spacings | None = None, visible: Tensor | None = None) -> Embedding:
+    def embed(
+        self,
+        image: Tensor,
+        *,
+        spacings: Spacings | None = None,
+        order: Size3 = NATURAL,
+        visible: Tensor | None = None,
+    ) -> Embedding:
         """The stem alone; arguments and errors as for the whole."""
         if image.dim() not in (4, 5):
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (B, C, D, H, W) or (B, C, H, W)")
-        grid, anisotropy = self.grid(image, spacings), Anisotropy.from_spacings(self._spacings(image, spacings))
+        grid = self.grid(image, spacings, order)
+        anisotropy = Anisotropy.from_spacings(self._spacings(image, spacings), order)
         if image.dim() == 4:
             image = image.unsqueeze(2)
         if any(grid.padding):

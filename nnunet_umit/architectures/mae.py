@@ -26,7 +26,7 @@ from nnunet_umit.architectures.stem import take_tokens
 from nnunet_umit.architectures.transfer import Transferable
 from nnunet_umit.architectures.transformer import Transformer
 from nnunet_umit.config import PretrainConfig
-from nnunet_umit.spacing import Anisotropy, TokenGrid
+from nnunet_umit.spacing import NATURAL, Anisotropy, TokenGrid
 
 EPSILON = 1e-6
 
@@ -126,21 +126,21 @@ class MaskedAutoencoder(Transferable):
             generator: CPU generator that draws the masks, or one for each sample; None uses torch's global one.
             masks: visible (B, K) and hidden (B, M) indices instead of drawn ones.
         """
-        spacings: Spacings = [self.encoder.spacing]
+        spacings: Spacings | None = None
+        order = NATURAL
         if self.native:
             view = NativeView.of(image)
-            image, spacings = view.image, view.spacings
-        grid = self.encoder.grid(image, spacings if self.native else None)
+            image, spacings, order = view.image, view.spacings, view.order
+        grid = self.encoder.grid(image, spacings, order)
         visible, hidden = masks or random_masking(image.shape[0], grid.tokens, self.mask_ratio, generator)
         visible, hidden = visible.to(image.device), hidden.to(image.device)
-        encoding = self.encoder(image, spacings=spacings if self.native else None, visible=visible)
+        encoding = self.encoder(image, spacings=spacings, order=order, visible=visible)
         prediction = self.predict(encoding.tokens, visible, hidden, grid, encoding.anisotropy)
         target, _, _ = normalise_patches(take_tokens(grid.patchify(encoding.image), hidden))
         losses = (prediction.float() - target.float()).square().mean((1, 2))
         power = target.detach().square().mean()
-        return MAEOutput(
-            losses.mean(), losses.detach(), power, prediction, target, visible, hidden, grid, image, spacings
-        )
+        shown = spacings or [self.encoder.spacing]
+        return MAEOutput(losses.mean(), losses.detach(), power, prediction, target, visible, hidden, grid, image, shown)
 
     def predict(
         self, tokens_BKE: Tensor, visible: Tensor, hidden: Tensor, grid: TokenGrid, anisotropy: Anisotropy

@@ -150,7 +150,7 @@ class SoftTokenModel(Transferable):
     def encode(self, view: View, visible: Tensor, hidden: Tensor) -> Tensor:
         """Normalised encoder output (B, M, E) of the hidden tokens; of all tokens where none is hidden."""
         encoder, blocks = self.encoder, len(self.encoder.transformer.blocks)
-        embedded = encoder.embed(view.image, spacings=view.spacings, visible=visible)
+        embedded = encoder.embed(view.image, spacings=view.spacings, order=view.order, visible=visible)
         grid, first = embedded.grid, blocks - self.mask_layers
         tokens = encoder.transformer.run(embedded.tokens, encoder.rope(grid, visible, visible.device), range(first))
         sequence = self.masks(grid, tokens).scatter(1, visible.unsqueeze(-1).expand_as(tokens), tokens)

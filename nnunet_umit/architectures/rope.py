@@ -8,6 +8,7 @@ pairs; the first half of the pairs turns with the row, the second half with the 
     w_plane[k] = 10000 ** (-2k / (h/2))      w_depth[k] = 2333 ** (-(2k + 1) / (h/2))
 
 Angles are linear in the position, so attention depends on position differences only. Depth 0 is EVA-02's 2D table.
+Depth, row and column are those of the image before it was turned to bring its thick axis to the front.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from nnunet_umit.spacing import TokenGrid
+from nnunet_umit.spacing import NATURAL, TokenGrid
 
 PLANE_BASE = 10000.0
 DEPTH_BASE = 2333.0
@@ -39,12 +40,19 @@ def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
     return torch.cat((z * depth + y * plane, z * depth + x * plane), -1)
 
 
+def token_positions(grid: TokenGrid) -> Tensor:
+    """Position of every token along the axes of the image, in token order and position units, counted from the first:
+    (S, L, 3) float64, S samples or 1 for all."""
+    index = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in grid.shape))
+    along = [grid.order.index(axis) for axis in NATURAL]
+    return torch.stack([(index * torch.tensor(steps, dtype=torch.float64))[:, along] for steps in grid.steps])
+
+
 @functools.lru_cache(maxsize=64)
 def rotary_table(grid: TokenGrid, head_dim: int, device: torch.device) -> Tensor:
     """Cosine and sine for every token of a grid: (2, S, L, head_dim / 2) float32, S samples or 1 for all."""
     with torch.inference_mode(False), torch.no_grad():
-        index = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in grid.shape))
-        angles = torch.stack([rotary_angles(index * torch.tensor(steps), head_dim) for steps in grid.steps])
+        angles = torch.stack([rotary_angles(places, head_dim) for places in token_positions(grid)])
         return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=torch.float32)
 
 

@@ -4,6 +4,9 @@ Weights are always stored as the full isotropic 3D kernel, so every configuratio
 definition gives all variants (PUMIT, arXiv 2312.07630, made exact): replicate each thick slice ``r`` times, apply the
 stored kernel, average back to the thick slices. The closed forms below never build the replicated image.
 
+Stored kernels have the axes of the image. Where the image was turned to bring its thick axis to the front, they are
+turned with it before anything else (PUMIT's axis 0 is always the thick one, so it has no such rule).
+
 ``fidelity="pumit"`` gives the paper's published rule instead: a 3-tap kernel summed over depth while the voxel is still
 thick (no context between slices), and summed instead of averaged chunks in the transposed convolution.
 
@@ -20,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_umit.spacing import Anisotropy
+from nnunet_umit.spacing import NATURAL, Anisotropy, Size3
 
 FIDELITIES = ("exact", "pumit")
 
@@ -40,9 +43,17 @@ def chunk_depth(kernel: Tensor, depth: int, reduce: str) -> Tensor:
     return chunks.sum(-3) if reduce == "sum" else chunks.mean(-3)
 
 
+def turn(kernel: Tensor, order: Size3) -> Tensor:
+    """A stored kernel (..., k, k, k), its axes in the ``order`` that those of the image were put in."""
+    if order == NATURAL:
+        return kernel
+    first = kernel.dim() - 3
+    return kernel.permute(*range(first), *(first + axis for axis in order))
+
+
 def down_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int) -> Tensor:
     """Kernel = stride (patch embedding, down-sampling): depth taps are summed in contiguous chunks."""
-    return chunk_depth(kernel, anisotropy.depth_stride(kernel.shape[-1], halvings), "sum")
+    return chunk_depth(turn(kernel, anisotropy.order), anisotropy.depth_stride(kernel.shape[-1], halvings), "sum")
 
 
 def same_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity: str) -> Tensor:
@@ -55,7 +66,7 @@ def same_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity:
         return kernel
     if kernel.shape[-3] != 3:
         raise ValueError(f"a same-size SAC kernel has 1 or 3 depth taps, not {kernel.shape[-3]}")
-    left = anisotropy.at(halvings)
+    kernel, left = turn(kernel, anisotropy.order), anisotropy.at(halvings)
     if fidelity == "pumit":
         return kernel.sum(-3, keepdim=True) if anisotropy.level > halvings else kernel
     if left.planar:
@@ -75,6 +86,7 @@ def mixed_same_conv(image: Tensor, kernel: Tensor, anisotropy: Anisotropy, halvi
     """
     ratios = anisotropy.at(halvings).ratios
     share = torch.tensor([1.0 / ratio for ratio in ratios], device=image.device, dtype=image.dtype).view(-1, 1, 1, 1, 1)
+    kernel = turn(kernel, anisotropy.order)
     before, _, after = kernel.unbind(-3)
     rest = torch.stack((before, -(before + after), after), -3)
     return same_conv(image, kernel.sum(-3, keepdim=True), None) + share * same_conv(image, rest, None)
@@ -86,8 +98,8 @@ def up_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity: s
     A thick voxel is then the mean of its thin ones; ``fidelity="pumit"`` sums them (the adjoint of the down layer).
     """
     stride = kernel.shape[-1]
-    before = halvings - int(math.log2(stride))
-    return chunk_depth(kernel, anisotropy.depth_stride(stride, before), "sum" if fidelity == "pumit" else "mean")
+    depth = anisotropy.depth_stride(stride, halvings - int(math.log2(stride)))
+    return chunk_depth(turn(kernel, anisotropy.order), depth, "sum" if fidelity == "pumit" else "mean")
 
 
 def down_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:

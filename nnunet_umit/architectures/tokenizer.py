@@ -23,7 +23,7 @@ from nnunet_umit.architectures.quantiser import Quantised, Quantiser
 from nnunet_umit.architectures.sac import SACConv, SACDown, SACUp
 from nnunet_umit.architectures.transfer import load_state
 from nnunet_umit.config import TokenizerConfig
-from nnunet_umit.spacing import Anisotropy, TokenGrid, token_grid
+from nnunet_umit.spacing import NATURAL, Anisotropy, TokenGrid, token_grid
 
 FIRST_STRIDE = 4
 BIAS = 0.5  # range of the first biases: behind a norm, they are what lets a layer tell weak contrast from strong
@@ -67,13 +67,13 @@ class View:
 
     def __init__(self, batch: Tensor, spacing: tuple[float, ...], token_size: int, native: bool) -> None:
         self.spacings: Spacings = [spacing if batch.dim() == 5 else spacing[-2:]]
-        self.image = batch
+        self.image, self.order = batch, NATURAL
         if native:
             view = NativeView.of(batch)
-            self.image, self.spacings = view.image, view.spacings
+            self.image, self.spacings, self.order = view.image, view.spacings, view.order
         volume = self.image if self.image.dim() == 5 else self.image.unsqueeze(2)
-        self.anisotropy = Anisotropy.from_spacings(self.spacings)
-        self.grid: TokenGrid = token_grid(tuple(volume.shape[2:]), self.spacings, token_size, "relative")
+        self.anisotropy = Anisotropy.from_spacings(self.spacings, self.order)
+        self.grid: TokenGrid = token_grid(tuple(volume.shape[2:]), self.spacings, token_size, "relative", self.order)
         self.padded = F.pad(volume, self.grid.padding) if any(self.grid.padding) else volume
 
     def like_image(self, padded: Tensor) -> Tensor:

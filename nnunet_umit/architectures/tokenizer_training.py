@@ -154,9 +154,9 @@ def as_volume(image: Tensor) -> Tensor:
 def feature_error(encoder: SACViT, made: Tensor, view: View) -> Tensor:
     """Mean squared difference (B,) of normalised tokens of two images, over the blocks of a frozen encoder."""
     taps = range(encoder.depth)
-    found = encoder(made, spacings=view.spacings, taps=taps).taps
+    found = encoder(made, spacings=view.spacings, order=view.order, taps=taps).taps
     with torch.no_grad():
-        wanted = encoder(view.image, spacings=view.spacings, taps=taps).taps
+        wanted = encoder(view.image, spacings=view.spacings, order=view.order, taps=taps).taps
     pairs = ((F.layer_norm(each, each.shape[-1:]) for each in both) for both in zip(found, wanted, strict=True))
     return torch.stack([(a - b).square().mean((1, 2)) for a, b in pairs]).mean(0)
 

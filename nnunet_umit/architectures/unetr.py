@@ -184,7 +184,7 @@ class UMITSegmenter(Transferable):
         """(B, C, D, H, W) or (B, C, H, W) of any size -> logits of that size, or a list, finest first."""
         if self.native:
             view = NativeView.of(image)
-            encoding = self.encoder(view.image, spacings=view.spacings, taps=self.decoder.taps)
+            encoding = self.encoder(view.image, spacings=view.spacings, order=view.order, taps=self.decoder.taps)
             restored = [view.restore(each) for each in self.decoder(encoding)]
             return restored if self.decoder.deep_supervision else restored[0]
         logits = self.decoder(self.encoder(image, taps=self.decoder.taps))

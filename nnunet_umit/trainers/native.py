@@ -64,7 +64,7 @@ class TransformAugmentation(Augmentation):
 
     def apply(
         self, shape: Sequence[int], zoom: float, image: torch.Tensor, inside: torch.Tensor, label: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         prepared = self.prepared[tuple(shape)]
         moved = prepared.geometry(image=torch.cat((image, inside)), segmentation=label, zoom=zoom)
         image, inside = moved["image"][:-1], moved["image"][-1:]

@@ -13,7 +13,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 
-from nnunet_umit.architectures.native import append_spacing, axis_order, depth_first, thick_axis
+from nnunet_umit.architectures.native import append_spacing, axis_order, bucket, depth_first, thick_axis
 from nnunet_umit.plans.native import crop_shape
 from nnunet_umit.spacing import Anisotropy
 
@@ -90,8 +90,8 @@ class Jitter:
 
 @dataclass(frozen=True)
 class NativeRequest:
-    """A sample to be made: row of the case table, what its slices and spacing become, and the ``shape`` of the crop
-    with that spacing, thick axis first."""
+    """A sample to be made: row of the case table, what its slices and spacing become (axis order of the image), and the
+    ``shape`` of the crop with that spacing, thick axis first."""
 
     row: int
     case: str
@@ -101,6 +101,11 @@ class NativeRequest:
     slices: int
     axis: int
 
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What the samples of a batch have in common: thick axis, level, 2D or not, and shape."""
+        return *bucket(self.spacing), self.shape
+
     def __str__(self) -> str:
         return self.case
 
@@ -108,11 +113,12 @@ class NativeRequest:
 class NativeSamples:
     """Patches of cases on their own grid; a batch holds one anisotropy level, and every case is drawn by its weight.
 
-    The first sample of a batch is drawn without restriction and fixes level and shape; the others are drawn until they
-    have them too. So the levels come as often as the cases that have them, and no state has to be kept between batches.
-    Where slices are averaged the patch turns with the image, so that it covers the same part of the body.
+    The first sample of a batch is drawn without restriction and fixes thick axis, level and shape; the others are drawn
+    until they have them too. So the levels come as often as the cases that have them, and no state has to be kept
+    between batches. Where slices are averaged the patch turns with the image, so that it covers the same part of the
+    body.
 
-    Samples come out with the thick axis first and with their spacing as three more channels.
+    Samples come out in the axis order of the image, with their spacing as three more channels.
 
     Args:
         dataset: nnU-Net's dataset of preprocessed cases (image, spacing channels).
@@ -152,14 +158,13 @@ class NativeSamples:
         self.cumulative = np.cumsum(table.weights)
 
     def draw(self) -> list[NativeRequest]:
-        """Samples that share a level."""
+        """Samples that can be one batch."""
         chosen = [self._request()]
-        wanted = (_level(chosen[0].spacing), chosen[0].shape)
         for _ in range(MOST_DRAWS // DRAWS):
             if len(chosen) >= self.batch_size:
                 break
             drawn = [self._request() for _ in range(DRAWS)]
-            chosen += [each for each in drawn if (_level(each.spacing), each.shape) == wanted]
+            chosen += [each for each in drawn if each.shared == chosen[0].shared]
         return (chosen * self.batch_size)[: self.batch_size]
 
     def _request(self) -> NativeRequest:
@@ -189,7 +194,7 @@ class NativeSamples:
         return zoomed if rotates_in_plane(crop_shape(patch, self.planned, zoomed)) == in_plane else None
 
     def make(self, request: NativeRequest, position: int) -> tuple[torch.Tensor, Any, str, str]:
-        """Image (C + 3, D, H, W) and target, thick axis first."""
+        """Image (C + 3, *crop) and target (1, *crop); they are augmented with the thick axis in front."""
         data, segmentation, _, properties = self.dataset.load_case(request.case)
         shape, order = request.shape, axis_order(request.spacing)
         force = position >= round(self.batch_size * (1 - self.oversample_foreground))
@@ -210,9 +215,10 @@ class NativeSamples:
             flipped = [axis + 1 for axis in self.mirror_axes if np.random.uniform() < MIRROR_PROBABILITY]
             image, inside, label = (each.flip(flipped) for each in (image, inside, label))
             turned = [each.permute(0, *(axis + 1 for axis in order)).contiguous() for each in (image, inside, label)]
-            image, inside, target = self.augmentation.apply(shape, request.zoom, *turned)
-            spacing = [request.spacing[axis] for axis in order]
-            image = append_spacing(image, spacing, _where(inside))
+            back = [order.index(axis) + 1 for axis in range(3)]
+            made = self.augmentation.apply(shape, request.zoom, *turned)
+            image, inside, target = (each.permute(0, *back).contiguous() for each in made)
+            image = append_spacing(image, request.spacing, _where(inside))
         number, planar = _level(request.spacing)
         level = "2D" if planar else f"level {number}"
         group = self.table.groups[request.row]
@@ -231,7 +237,7 @@ class Augmentation:
 
     def apply(
         self, shape: Sequence[int], zoom: float, image: torch.Tensor, inside: torch.Tensor, label: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Image (C, *read), inside (1, *read) and label (1, *read) -> the same of ``shape``."""
         return image, inside, label
 
