@@ -21,7 +21,6 @@ class StepProcess:
 
     def __init__(self, builder: str, *arguments: Any, threads: int, keep_freed_memory: bool = False) -> None:
         self._child = Child(_serve, builder, arguments, threads, keep_freed_memory)
-        self.close = self._child.close
         self.parameters = int(self._child.receive())
 
     def __call__(self) -> None:
@@ -31,6 +30,10 @@ class StepProcess:
         """Take a step; its wall and CPU seconds, as the other process saw them."""
         self._child.connection.send("step")
         return Sample(*self._child.receive())
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.close()
 
 
 def _serve(connection: Connection, builder: str, arguments: tuple[Any, ...], threads: int, kept: bool) -> None:

@@ -81,6 +81,27 @@ def test_attention_equals_explicit_softmax_over_keys() -> None:
     torch.testing.assert_close(layer(tokens[:, order], None), layer(tokens, None)[:, order])
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_attention_starts_with_what_is_near(axis: int) -> None:
+    """Mean weights of a new network fall from token to token, along every axis."""
+    torch.manual_seed(0)
+    shape = tuple(6 if each == axis else 1 for each in range(3))
+    layer = Transformer(64, 1, 2).blocks[0].attn
+    rope = gather_table(rotary_table(TokenGrid(shape, (1, 1, 1)), 32, torch.device("cpu")), None)
+    query, key, _ = layer.qkv(torch.randn(256, 6, 64)).view(256, 6, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    weights = (rotate(query, rope) @ rotate(key, rope).mT / 32**0.5).softmax(-1).mean((0, 1))
+    assert weights[0, 0] > 1.4 * weights[0, 1] > 1.4 * 1.4 * weights[0, 2]
+    torch.testing.assert_close(weights[2, 1], weights[2, 3], rtol=0.1, atol=0)
+
+
+def test_the_sum_of_many_blocks_starts_small() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 20, 64)
+    for depth in (2, 16):
+        stack = Transformer(64, depth, 2)
+        assert stack.run(tokens, None, range(depth)).std() < 1.5
+
+
 def test_queries_give_the_same_rows_as_the_whole_sequence() -> None:
     stack = Transformer(16, 2, 2).double().eval()
     tokens = torch.randn(2, 6, 16, dtype=torch.float64)

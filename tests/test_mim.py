@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nnunet_umit.architectures.masking import random_masking
+from nnunet_umit.architectures.masking import random_masking, spread
 from nnunet_umit.architectures.mim import SoftTokenModel, soft_cross_entropy
+from nnunet_umit.architectures.stem import take_tokens
 from nnunet_umit.architectures.tokenizer_training import TokenizerTraining
 from nnunet_umit.config import PretrainConfig, TokenizerConfig
 
@@ -70,7 +71,7 @@ def test_masks_differ_by_sample_and_repeat_by_seed() -> None:
 
 @pytest.mark.parametrize("positions", [True, False])
 def test_hidden_places_hold_the_mask_token_until_the_last_layers(positions: bool) -> None:
-    """What the first block that sees them gets: mask tokens, with a position or without (PUMIT's form)."""
+    """What the first block that sees them gets: mask tokens, with a position or without, on top of what is near."""
     model, image = build(mask_layers=1, mask_positions=positions).eval(), picture((16, 16, 24))
     seen: list[Tensor] = []
     blocks = model.encoder.transformer.blocks
@@ -79,8 +80,10 @@ def test_hidden_places_hold_the_mask_token_until_the_last_layers(positions: bool
     output = model(image, torch.Generator().manual_seed(0))
     lengths = [tokens.shape[1] for tokens in seen]
     assert lengths == [output.visible.shape[1]] * 2 + [output.view.grid.tokens]
-    hidden = seen[2].gather(1, output.hidden.unsqueeze(-1).expand(-1, -1, 24))
-    alike = (hidden - model.mask_token).abs().amax() < 1e-6
+    grid, (_, shown, given) = output.view.grid, seen
+    before = blocks[1](shown, model.encoder.rope(grid, output.visible, image.device))
+    rest = take_tokens(given - spread(before, output.visible, grid), output.hidden)
+    alike = (rest - model.mask_token).abs().amax() < 1e-5
     assert bool(alike) is not positions
 
 

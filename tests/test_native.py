@@ -184,13 +184,14 @@ def test_a_native_autoencoder_learns_from_what_is_inside() -> None:
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_what_an_autoencoder_predicts_turns_with_the_image(axis: int) -> None:
-    """The same anatomy in the same place, though 3 % thicker slices made another axis the depth."""
+def test_what_an_autoencoder_predicts_turns_with_the_image(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same anatomy in the same place, though slightly thicker slices made another axis the depth."""
+    monkeypatch.setattr("nnunet_umit.architectures.native.NEARLY_EQUAL", 1.0)
     torch.manual_seed(0)
     config = PretrainConfig(decoder_dim=24, decoder_depth=1, decoder_heads=2)
     network = MaskedAutoencoder.from_arch_kwargs(1, {**SMALL, "native": True}, config).eval()
     spacing = [1.0, 1.0, 1.0]
-    spacing[axis] = 1.03
+    spacing[axis] = 1.0001
     hidden_where = torch.zeros(2, 3, 2, dtype=torch.bool)  # tokens along the axes of the image
     hidden_where[0, 1, 0] = hidden_where[1, 2, 1] = hidden_where[1, 0, 0] = True
     volumes = []
@@ -206,4 +207,4 @@ def test_what_an_autoencoder_predicts_turns_with_the_image(axis: int) -> None:
         back = [order.index(axis) + 2 for axis in range(3)]
         volumes.append(output.grid.unpatchify(patches, 1).permute(0, 1, *back))
     plain, turned = volumes
-    assert order != (0, 1, 2) and 0 < (turned - plain).std() < 0.06 * plain.std()
+    assert order != (0, 1, 2) and 0 < (turned - plain).std() < 1e-3 * plain.std()

@@ -41,6 +41,7 @@ def test_pretrain_then_finetune(prepare: Callable[..., dict], geometry: str) -> 
     assert [row["case"] for row in summary["metric_per_case"]] == [f"case_{index:03d}" for index in range(4)]
     losses = [row["masked_loss"] for row in summary["metric_per_case"]]
     assert summary["mean"]["masked_loss"] == pytest.approx(np.mean(losses)) and 0 < np.mean(losses) < 2
+    assert 0 < summary["mean"]["interpolation_loss"] <= 1.0 + 1e-6
     card = json.loads((folder / "card.json").read_text())
     assert card["licence"] == "CC0-1.0"
     assert card["spacing"] == list(options.get("spacing", (1.0, 1.0, 1.0)))

@@ -1,8 +1,9 @@
 """Masked autoencoder: see a quarter of the tokens, predict the rest (MAE, 2111.06377; SelfMedMAE, 2203.05573).
 
 The encoder sees visible tokens only. The decoder is narrow; its last block and its head are computed for hidden tokens
-only. The head is a SAC layer, so one set of weights predicts patches of any slice thickness. Targets are normalised per
-patch, so a loss of 1.0 means "learned nothing" on images without constant patches.
+only. There a hidden token starts from the visible ones near it (``fill_hidden``), where MAE's are all alike and need
+long to find their neighbours. The head is a SAC layer, so one set of weights predicts patches of any slice thickness.
+Targets are normalised per patch, so a loss of 1.0 means "learned nothing" on images without constant patches.
 
 Shape legend: B batch, C channels, D H W voxels, L tokens, K visible, M hidden, E encoder width, P values in a token.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_umit.architectures.encoder import SACViT, Spacings, encoder_arguments
-from nnunet_umit.architectures.masking import random_masking
+from nnunet_umit.architectures.masking import fill_hidden, random_masking
 from nnunet_umit.architectures.native import NativeView
 from nnunet_umit.architectures.rope import gather_table, rotary_table
 from nnunet_umit.architectures.sac import SACUp
@@ -36,6 +37,11 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = patches.mean(-1, keepdim=True)
     deviation = (patches.var(-1, keepdim=True, unbiased=False) + EPSILON).sqrt()
     return (patches - mean) / deviation, mean, deviation
+
+
+def padded(image: Tensor, grid: TokenGrid) -> Tensor:
+    """(B, C, D, H, W) or (B, C, H, W) to (B, C, *padded_size)."""
+    return F.pad(image if image.dim() == 5 else image.unsqueeze(2), grid.padding)
 
 
 @dataclass
@@ -147,8 +153,7 @@ class MaskedAutoencoder(Transferable):
     ) -> Tensor:
         """Normalised patches (B, M, P) of the hidden tokens from the encoded visible ones."""
         shown = self.embed(tokens_BKE)
-        sequence = self.mask_token.to(shown.dtype).expand(shown.shape[0], grid.tokens, -1)
-        sequence = sequence.scatter(1, visible.unsqueeze(-1).expand_as(shown), shown)
+        sequence = fill_hidden(shown, visible, self.mask_token, grid)
         rope = gather_table(rotary_table(grid, self.head_dim, shown.device), None)
         decoded, _ = self.decoder(sequence, rope, queries=hidden)
         halvings = self.encoder.token_size.bit_length() - 1
@@ -163,8 +168,7 @@ class MaskedAutoencoder(Transferable):
         output: MAEOutput = self(image, generator)
         image = output.image
         grid, channels = output.grid, image.shape[1]
-        padded = F.pad(image if image.dim() == 5 else image.unsqueeze(2), grid.padding)
-        patches = grid.patchify(padded).float()
+        patches = grid.patchify(padded(image, grid)).float()
         _, mean, deviation = normalise_patches(take_tokens(patches, output.hidden))
         where = output.hidden.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
         blank = patches.scatter(1, where, float("nan"))

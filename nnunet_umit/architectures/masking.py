@@ -1,11 +1,21 @@
-"""Which tokens are hidden: uniformly at random, for each sample of its own (MAE, arXiv 2111.06377)."""
+"""Which tokens are hidden, uniformly at random, for each sample of its own (MAE, arXiv 2111.06377); and what stands in
+their place.
+
+Shape legend: B batch, L tokens, K visible, M hidden, E width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from nnunet_umit.spacing import TokenGrid
+
+SMALLEST = 1e-30  # a total weight below this counts as this: where nothing is near, nothing is suggested
 
 
 def visible_count(tokens: int, mask_ratio: float) -> int:
@@ -39,3 +49,47 @@ def random_masking(
     order = noise.argsort(1)
     count = visible_count(tokens, mask_ratio)
     return order[:, :count].sort(1).values, order[:, count:].sort(1).values
+
+
+def fill_hidden(tokens_BKE: Tensor, visible_BK: Tensor, mask_BLE: Tensor, grid: TokenGrid) -> Tensor:
+    """The whole sequence (B, L, E): visible tokens in their places; in the others the mask token plus :func:`spread` of
+    the visible ones.
+
+    Mask tokens alone are all alike. They would find their neighbours only through attention, which has to learn first
+    that near tokens matter: hundreds of steps in which nothing else is learned.
+    """
+    suggested = spread(tokens_BKE, visible_BK, grid) + mask_BLE.to(tokens_BKE.dtype)
+    return suggested.scatter(1, visible_BK.unsqueeze(-1).expand_as(tokens_BKE), tokens_BKE)
+
+
+def spread(tokens_BKE: Tensor, visible_BK: Tensor, grid: TokenGrid) -> Tensor:
+    """Mean of the visible tokens for every place, with weights ``exp(-d^2)``, d the distance in tokens: (B, L, E)."""
+    batch, _, dim = tokens_BKE.shape
+    weighted = F.pad(tokens_BKE.float(), (0, 1), value=1.0)
+    index = visible_BK.unsqueeze(-1).expand_as(weighted)
+    field = weighted.new_zeros(batch, grid.tokens, dim + 1).scatter(1, index, weighted)
+    means = near_mean(field.view(batch, *grid.shape, dim + 1), (1.0, 1.0, 1.0))
+    return means.flatten(1, 3).to(tokens_BKE.dtype)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Full precision inside a training's autocast; "meta", for tensors without data, knows none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def near_mean(field: Tensor, reach: Sequence[float]) -> Tensor:
+    """Normalised convolution with a Gaussian (Knutsson & Westin, CVPR 1993): (B, D, H, W, E + 1) -> (B, D, H, W, E).
+
+    The Gaussian is separable, so it is one small matrix product along each axis; the weights of the values ride along
+    as their last channel. Always in float32: a weight of exp(-25) is 0 in float16.
+
+    Args:
+        field: values times weights, and the weights.
+        reach: steps along (depth, height, width) at which the Gaussian has fallen to 1 / e.
+    """
+    with without_autocast(field.device):
+        for axis, steps in enumerate(reach, start=1):
+            place = torch.arange(field.shape[axis], device=field.device, dtype=torch.float32) / steps
+            near = (-(place[:, None] - place).square()).exp()
+            field = (near @ field.movedim(axis, -2)).movedim(-2, axis)
+        return field[..., :-1] / field[..., -1:].clamp_min(SMALLEST)

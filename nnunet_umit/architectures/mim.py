@@ -2,8 +2,8 @@
 arXiv 2312.07630).
 
 The first blocks of the encoder see visible tokens only; before the last ``mask_layers`` blocks a mask token is put in
-every hidden place, as in PUMIT's large model. The loss is the cross-entropy with the tokenizer's probabilities, mean
-over hidden tokens.
+every hidden place, as in PUMIT's large model; unlike there, the mean of the visible tokens near it is added. The loss
+is the cross-entropy with the tokenizer's probabilities, mean over hidden tokens.
 
 Shape legend: B batch, L tokens, K visible, M hidden, E width, N codes.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_umit.architectures.encoder import SACViT, encoder_arguments
-from nnunet_umit.architectures.masking import random_masking
+from nnunet_umit.architectures.masking import fill_hidden, random_masking
 from nnunet_umit.architectures.quantiser import token_entropy
 from nnunet_umit.architectures.rope import rotary_table
 from nnunet_umit.architectures.stem import take_tokens
@@ -153,7 +153,7 @@ class SoftTokenModel(Transferable):
         embedded = encoder.embed(view.image, spacings=view.spacings, order=view.order, visible=visible)
         grid, first = embedded.grid, blocks - self.mask_layers
         tokens = encoder.transformer.run(embedded.tokens, encoder.rope(grid, visible, visible.device), range(first))
-        sequence = self.masks(grid, tokens).scatter(1, visible.unsqueeze(-1).expand_as(tokens), tokens)
+        sequence = fill_hidden(tokens, visible, self.masks(grid, tokens), grid)
         queries = hidden if hidden.shape[1] else None
         rope = encoder.rope(grid, None, visible.device)
         return encoder.transformer.norm(encoder.transformer.run(sequence, rope, range(first, blocks), queries))

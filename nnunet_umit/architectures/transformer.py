@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_umit.architectures.rope import rotate
 
+NEAR = 3.0  # first bias of queries and keys where rotary positions turn fastest
+NEAR_PAIRS = 2  # channel pairs that have it, of rows and of columns
+
 
 def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
     """Drop a residual branch for whole samples, rescaled to keep the mean (stochastic depth, arXiv 1603.09382)."""
@@ -106,6 +109,9 @@ class Transformer(nn.Module):
         self.checkpointing = checkpointing
         self.cpu_bfloat16 = cpu_bfloat16
         self.apply(_initialise)
+        for block in self.blocks:
+            _start_small(block, depth)  # type: ignore[arg-type]
+            _start_near(block.attn)  # type: ignore[arg-type]
 
     def set_drop_path(self, rate: float) -> None:
         """Drop path that grows linearly from 0 in the first block to ``rate`` in the last."""
@@ -152,3 +158,22 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _start_small(block: Block, depth: int) -> None:
+    """Scale what a block adds to its input, so that the sum over all blocks does not grow with the depth (GPT-2)."""
+    for layer in (block.attn.proj, block.mlp.w3):
+        layer.weight.mul_((2 * depth) ** -0.5)
+
+
+@torch.no_grad()
+def _start_near(attention: Attention) -> None:
+    """Let every token look at its neighbours first. Where queries and keys have the same constant in a channel pair,
+    rotary positions make of it a logit proportional to the cosine of the distance times the pair's frequency; the
+    fastest pairs have it, so that it falls from one token to the next. Learned from images, attention gets there by
+    itself, late (a start after the image of learned weights: arXiv 2305.09828)."""
+    bias = attention.qkv.bias.view(3, attention.num_heads, -1, 2)
+    rows_and_columns = bias.shape[2] // 2
+    for first in (0, rows_and_columns):
+        bias[:2, :, first : first + min(NEAR_PAIRS, rows_and_columns), 0] = NEAR

@@ -9,9 +9,11 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_umit.architectures.mae import MaskedAutoencoder
+from nnunet_umit.architectures.interpolation import interpolation_loss
+from nnunet_umit.architectures.mae import MAEOutput, MaskedAutoencoder
 from nnunet_umit.architectures.transfer import save_encoder
 from nnunet_umit.config import PretrainConfig, get_umit_config
+from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.pictures import Panel
 from nnunet_umit.trainers.selfsupervised import SelfSupervisedTrainer
 from nnunet_umit.trainers.summary import describe_encoder, summarise
@@ -90,14 +92,21 @@ class UMITPretrainTrainer(EncoderTrainer):
         """The network without wrappers."""
         return cast(MaskedAutoencoder, self.unwrapped())
 
-    def figures(self, output: Any) -> dict[str, Any]:
+    def figures(self, output: MAEOutput) -> dict[str, Any]:
         """Masked loss and target power."""
         return {"loss": float(output.loss), "power": float(output.target_power)}
 
+    def final_figures(self, output: MAEOutput) -> dict[str, Any]:
+        """Also the loss of interpolating the visible voxels, under the same masks."""
+        return {**self.figures(output), "interpolation": interpolation_loss(output)}
+
     def summarise(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
-        """Masked loss and variance explained."""
+        """Masked loss and variance explained; the loss of interpolation where it is known."""
         loss, explained = summarise(outputs)
-        return {"masked_loss": loss, "variance_explained": explained}
+        found = {"masked_loss": loss, "variance_explained": explained}
+        if all("interpolation" in output for output in outputs):
+            found["interpolation_loss"] = finite_mean([output["interpolation"] for output in outputs])
+        return found
 
     def describe_epoch(self) -> list[str]:
         """Masked loss and variance explained; the loss of every dataset and level where there are several."""
@@ -130,5 +139,6 @@ class UMITPretrainTrainer(EncoderTrainer):
         """``encoder.safetensors``, ``card.json``, and a sentence."""
         super().finish(mean, pooled, cases)
         self.print_to_log_file(
-            f"Mean masked loss: {mean['masked_loss']:.4f}, variance explained: {100 * mean['variance_explained']:.1f} %"
+            f"Mean masked loss: {mean['masked_loss']:.4f} (interpolation of the visible voxels: "
+            f"{mean['interpolation_loss']:.4f}), variance explained: {100 * mean['variance_explained']:.1f} %"
         )

@@ -157,6 +157,10 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
         """What `summarise` needs to know of a pass: plain numbers and lists."""
         raise NotImplementedError
 
+    def final_figures(self, output: Any) -> dict[str, Any]:
+        """The same for the validation at the end, where more may be asked."""
+        return self.figures(output)
+
     def summarise(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
         """Named figures of several passes, `loss_name` and `score_name` among them."""
         raise NotImplementedError
@@ -275,7 +279,7 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
             chunk = self.to_device(images[first : first + self.batch_size])
             with self.autocast():
                 output = self.evaluate(chunk, torch.Generator().manual_seed(derive_seed(seed, "mask", first)))
-            outputs.append(self.figures(output))
+            outputs.append(self.final_figures(output))
         return outputs
 
     def settings(self) -> dict[str, Any]:
