@@ -74,6 +74,9 @@ class Samples(Protocol):
     def draw(self) -> Sequence[Any]:
         """Which samples a whole batch holds, over all ranks, from numpy's present state."""
 
+    def drawn(self, requests: Sequence[Any]) -> bool:
+        """Whether labels of these samples will be drawn by the shares of the classes in a voxel."""
+
     def make(self, request: Any, position: int) -> tuple[torch.Tensor, Any, str, str]:
         """One sample: image (C, *patch), target (or targets), name of the case, and the group it is logged with."""
 
@@ -96,7 +99,8 @@ class IndexedBatches(Dataset):
         self.ranks = ranks
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The batch: ``data`` (B, C, *patch), ``target``, ``keys`` (cases), ``groups``, ``positions``, ``index``."""
+        """The batch: ``data`` (B, C, *patch), ``target``, ``keys`` (cases), ``groups``, ``positions``, ``index``; and
+        ``drawn``, the same on all ranks: whether labels were drawn by the shares of the classes in a voxel."""
         seed = derive_seed(self.seed, self.stream, index)
         made, positions = [], []
         with random_state(seed):
@@ -119,6 +123,7 @@ class IndexedBatches(Dataset):
             "groups": list(groups),
             "positions": positions,
             "index": index,
+            "drawn": self.samples.drawn(requests),
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.optimisation import frozen_parameters, last_layer, set_layer_decay, set_trainable
 from nnunet_umit.trainers.pictures import Panel
 from nnunet_umit.trainers.ranks import wrap
+from nnunet_umit.trainers.shares import share_loss
 
 LIGHT_BELOW = 50  # times that a training shows each of its cases
 
@@ -135,10 +137,10 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         super().on_train_epoch_start()
 
     def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """nnU-Net's loss, and the balanced cross-entropy that fades."""
+        """nnU-Net's loss, or that of shares where labels were drawn by them; and the balanced cross-entropy that fades."""
         output = self.network(self.to_device(batch["data"]))
         targets = self._targets(output, batch)
-        loss: torch.Tensor = self.loss(output, targets)
+        loss: torch.Tensor = (self.share_loss if batch["drawn"] else self.loss)(output, targets)
         weight = fading(self.iteration() / (self.num_epochs * self.num_iterations_per_epoch), self.config.balance)
         if weight and self.balance is not None:
             loss = loss + weight * self.balance(output, targets)
@@ -148,9 +150,16 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
     def balance(self) -> Any:
         """Balanced cross-entropy of an output and its target, or of lists of them with nnU-Net's weights of deep
         supervision; None for regions, which overlap: a voxel has no one class."""
-        if self.label_manager.has_regions:
-            return None
-        single = functools.partial(balanced_cross_entropy, ignore_label=self.label_manager.ignore_label)
+        return None if self.label_manager.has_regions else self._supervised(balanced_cross_entropy)
+
+    @functools.cached_property
+    def share_loss(self) -> Any:
+        """The loss for drawn labels, in the same form; nnU-Net's for regions."""
+        return self.loss if self.label_manager.has_regions else self._supervised(share_loss)
+
+    def _supervised(self, single: Callable[..., torch.Tensor]) -> Any:
+        """A loss of one output as one of all outputs."""
+        single = functools.partial(single, ignore_label=self.label_manager.ignore_label)
         if isinstance(self.loss, DeepSupervisionWrapper):
             return DeepSupervisionWrapper(single, self.loss.weight_factors)
         return single

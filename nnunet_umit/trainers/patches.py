@@ -37,6 +37,10 @@ class PatchSamples:
         """Cases, with replacement."""
         return [str(case) for case in self.loader.get_indices()]
 
+    def drawn(self, requests: Sequence[str]) -> bool:
+        """Never: labels are those of the resampled case."""
+        return False
+
     def make(self, request: str, position: int) -> tuple[torch.Tensor, Any, str, str]:
         """Image (C, *patch) and target of a case; the last positions of a batch are cut around foreground."""
         loader = self.loader
@@ -166,6 +170,10 @@ class NativeSamples:
             drawn = [self._request() for _ in range(DRAWS)]
             chosen += [each for each in drawn if each.shared == chosen[0].shared]
         return (chosen * self.batch_size)[: self.batch_size]
+
+    def drawn(self, requests: Sequence[NativeRequest]) -> bool:
+        """Where slices are averaged, see :func:`draw_slice`."""
+        return any(request.slices > 1 for request in requests)
 
     def _request(self) -> NativeRequest:
         row = min(int(np.searchsorted(self.cumulative, np.random.uniform(), side="right")), len(self.cumulative) - 1)
