@@ -72,9 +72,7 @@ def test_nothing_to_learn_from_gives_zero() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("thicken", "drawn"), [(0.0, False), (1.0, True)])
-def test_the_trainer_takes_it_where_slices_were_averaged(
-    nnunet_env: Any, thicken: float, drawn: bool
-) -> None:
+def test_the_trainer_takes_it_where_slices_were_averaged(nnunet_env: Any, thicken: float, drawn: bool) -> None:
     plans = tiny.make_plans(native=True, finetune={"thicken": thicken, "balance": 0.0})
     tiny.write_preprocessed(nnunet_env.preprocessed, plans, spacings=((1.0, 1.0, 1.0),))
     trainer = tiny.make_trainer(UMITTrainer, plans)

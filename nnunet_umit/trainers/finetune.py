@@ -137,7 +137,7 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         super().on_train_epoch_start()
 
     def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """nnU-Net's loss, or that of shares where labels were drawn by them; and the balanced cross-entropy that fades."""
+        """nnU-Net's loss, or that of shares where labels were drawn; and the balanced cross-entropy that fades."""
         output = self.network(self.to_device(batch["data"]))
         targets = self._targets(output, batch)
         loss: torch.Tensor = (self.share_loss if batch["drawn"] else self.loss)(output, targets)
