@@ -21,15 +21,18 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, ignore_label: int | N
         target: (B, 1, *size) labels.
         ignore_label: voxels that do not count; a sample of nothing else adds zero.
     """
-    labels = target[:, 0].long().flatten(1)
-    errors = F.cross_entropy(
-        logits.float().flatten(2), labels, reduction="none", ignore_index=-100 if ignore_label is None else ignore_label
-    )
-    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_label is None else labels != ignore_label
-    classes = torch.where(counted, labels, 0)
+    classes, counted = (each.flatten(1) for each in labels_that_count(target, ignore_label))
+    errors = F.cross_entropy(logits.float().flatten(2), classes, reduction="none") * counted
     counts = errors.new_zeros(logits.shape[:2]).scatter_add_(1, classes, counted.to(errors.dtype))
     weights = counts.clamp_min(1).reciprocal() * (counts > 0) / (counts > 0).sum(1, keepdim=True).clamp_min(1)
     return (errors * weights.gather(1, classes)).sum() / logits.shape[0]
+
+
+def labels_that_count(target: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor]:
+    """(B, 1, *size) labels -> (B, *size) class indices, 0 where a voxel does not count, and whether it does."""
+    labels = target[:, 0].long()
+    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_label is None else labels != ignore_label
+    return torch.where(counted, labels, 0), counted
 
 
 def fading(progress: float, share: float) -> float:

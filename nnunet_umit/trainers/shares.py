@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_umit.trainers.balance import labels_that_count
+
 
 def share_loss(logits: Tensor, target: Tensor, ignore_label: int | None = None) -> Tensor:
     """Cross-entropy, and the mean over foreground classes of that Brier score: proper both.
@@ -25,9 +27,7 @@ def share_loss(logits: Tensor, target: Tensor, ignore_label: int | None = None) 
         target: (B, 1, *size) labels.
         ignore_label: voxels that do not count; where nothing else is, the loss is zero.
     """
-    logits, labels = logits.float(), target[:, 0].long()
-    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_label is None else labels != ignore_label
-    labels = torch.where(counted, labels, 0)
+    logits, (labels, counted) = logits.float(), labels_that_count(target, ignore_label)
     entropy = (F.cross_entropy(logits, labels, reduction="none") * counted).sum() / counted.sum().clamp_min(1)
     kinds = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.dim() - 2))
     drawn = labels.unsqueeze(1) == kinds
