@@ -102,7 +102,7 @@ def test_losses_and_gradients_stay_finite(quantiser: str, case: str) -> None:
     image = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     if case == "saturated" and quantiser != "nearest":
         with torch.no_grad():
-            network.tokenizer.quantiser.project.weight.mul_(1e4)
+            network.tokenizer.quantiser.scale.mul_(1e4)
     if case == "saturated" and quantiser == "nearest":
         with torch.no_grad():
             network.tokenizer.quantiser.codebook.mul_(1e4)

@@ -2,11 +2,15 @@
 
     p_i = softmax(W z_i + b)        z_q,i = sum_k p_ik e_k
 
-The probabilities are the token: differentiable, without straight-through and without a commitment loss. What keeps
-them from fading into one another is a start from the data, and the prior-distribution regularisation. At the start the
-projection is shifted and scaled once, by the first batch, so that every code's logits have mean 0 and the same spread
-over tokens (as Glow starts its layers, arXiv 1807.03039): otherwise what all features share decides, all tokens choose
-the same code, and the mixture of all codes tells the decoder nothing. Then two entropies of different things:
+The probabilities are the token: differentiable, without straight-through and without a commitment loss. Two things keep
+them from fading into one another. A code's logits are standardised over tokens, as in batch normalisation (arXiv
+1502.03167), with one learned scale for all codes,
+
+    l_ik = scale * (w_k z_i - mean_k) / deviation_k
+
+over the batch in training and by running statistics afterwards: W and b are fixed then, and a token does not depend on
+its crop. Otherwise what all features share decides, a few steps carry all tokens to one code, and there the gradients
+of all entropies vanish. And the prior-distribution regularisation: two entropies of different things,
 
     diversity = -H(mean of p_i over all tokens)   in [-log K, 0]    low when all codes are used equally
     sharpness = mean of H(p_i)                    in [0, log K]     low when every token chooses
@@ -20,6 +24,7 @@ Shape legend: B batch, L tokens, E width, K codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +33,9 @@ from torch import Tensor, distributed, nn
 from nnunet_umit.config import QUANTISERS
 
 COMMITMENT = 0.25  # VQ-VAE's beta
-START = 3.0  # standard deviation of a code's first logits over tokens: they nearly choose, about a nat of 256 codes
-FLAT = 1e-2  # tokens whose logits differ by less tell nothing of their spread
+SCALE = 3.0  # first standard deviation of a code's logits over tokens: they nearly choose, about a nat of 256 codes
+FLAT = 1e-4  # variance of logits that counts as none
+SLOWEST = 0.01  # of the running statistics: the mean of all batches at first, then of about the last hundred
 SMALLEST = 1e-30  # a probability below this counts as this in a logarithm
 
 
@@ -64,6 +70,32 @@ def pooled_mean(values: Tensor) -> Tensor:
     return pooled[:-1] / pooled[-1] + share - share.detach()
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks whose gradient is summed over ranks too: what one process with all tokens has."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        pooled = values.clone()
+        distributed.all_reduce(pooled)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        pooled = gradients[0].clone()
+        distributed.all_reduce(pooled)
+        return pooled
+
+
+def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (K,) of (..., K) over the tokens of all ranks, with the gradient through every token."""
+    own = values.flatten(0, -2)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return own.mean(0), own.var(0, unbiased=False)
+    sums = _SumOverRanks.apply(torch.cat((own.sum(0), own.new_tensor([own.shape[0]]))))
+    mean = sums[:-1] / sums[-1].detach()
+    return mean, _SumOverRanks.apply((own - mean).square().sum(0)) / sums[-1].detach()
+
+
 @dataclass
 class Quantised:
     """Tokens of a batch: ``codes`` (B, L, E) for the decoder; ``logits`` and ``probabilities`` (B, L, K) in float32;
@@ -85,7 +117,9 @@ class Quantiser(nn.Module):
             ``"nearest"`` (the code nearest to the feature, straight-through; probabilities are one-hot).
     """
 
-    started: Tensor
+    mean: Tensor
+    variance: Tensor
+    seen: Tensor
 
     def __init__(self, dim: int, codes: int, mode: str = "soft") -> None:
         super().__init__()
@@ -100,38 +134,42 @@ class Quantiser(nn.Module):
             nn.init.uniform_(self.codebook, -1 / codes, 1 / codes)
         else:
             nn.init.normal_(self.codebook)
-            self.project = nn.Linear(dim, codes)
+            self.project = nn.Linear(dim, codes, bias=False)
             nn.init.xavier_uniform_(self.project.weight)
-            nn.init.zeros_(self.project.bias)
-            self.register_buffer("started", torch.tensor(False))
+            self.scale = nn.Parameter(torch.tensor(SCALE))
+            self.register_buffer("mean", torch.zeros(codes))
+            self.register_buffer("variance", torch.ones(codes))
+            self.register_buffer("seen", torch.tensor(0.0))
 
     def forward(self, features_BLE: Tensor, temperature: float = 1.0) -> Quantised:
         """``temperature`` is that of the Gumbel noise, in (0, 1]; the other modes have none."""
         none = features_BLE.new_zeros(features_BLE.shape[0], dtype=torch.float32)
         if self.mode == "nearest":
             return self._nearest(features_BLE.float())
-        if self.training and not self.started:
-            self.start(features_BLE)
-        logits = self.project(features_BLE).float()
+        logits = self.standardised(self.project(features_BLE).float())
         probabilities = logits.softmax(-1)
         chosen = probabilities
         if self.mode == "gumbel" and self.training:
             chosen = F.gumbel_softmax(logits, temperature, hard=True)
         return Quantised(self.lookup(chosen), logits, probabilities, none)
 
+    def standardised(self, raw_BLK: Tensor) -> Tensor:
+        """Logits (B, L, K): every code's with mean 0 and one deviation over the tokens of the batch in training, of the
+        batches seen afterwards. A batch that is not finite leaves no trace in the running statistics."""
+        mean, variance = self.mean, self.variance
+        if self.training:
+            mean, variance = statistics(raw_BLK)
+            self._remember(mean.detach(), variance.detach())
+        return self.scale.float() * (raw_BLK - mean) * (variance + FLAT).rsqrt()
+
     @torch.no_grad()
-    def start(self, features_BLE: Tensor) -> None:
-        """Shift and scale the projection so that every code's logits have mean 0 and deviation ``START`` over the
-        tokens of all ranks; features without any contrast leave it, and the next batch is asked."""
-        logits = self.project(features_BLE).float()
-        mean = pooled_mean(logits)
-        deviation = pooled_mean((logits - mean).square()).sqrt()
-        if deviation.mean() < FLAT:
-            return
-        scale = START / deviation.clamp_min(FLAT)
-        self.project.weight.mul_(scale.unsqueeze(-1).to(self.project.weight.dtype))
-        self.project.bias.sub_(mean.to(self.project.bias.dtype)).mul_(scale.to(self.project.bias.dtype))
-        self.started.fill_(True)
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        good = torch.isfinite(mean).all() & torch.isfinite(variance).all()
+        seen = self.seen + good
+        weight = (1 / seen.clamp_min(1)).clamp_min(SLOWEST)
+        for running, new in ((self.mean, mean), (self.variance, variance)):
+            running.copy_(torch.where(good, running.lerp(new, weight), running))
+        self.seen.copy_(seen)
 
     def lookup(self, probabilities_BLK: Tensor) -> Tensor:
         """The mixture of codes (B, L, E) that probabilities stand for: a point in the convex hull of the codebook."""
