@@ -127,8 +127,8 @@ class TokenizerConfig(TrainingConfig):
     dim: int = 256
     codes: int = 256
     quantiser: str = "soft"
-    sharpness: float = 0.1
-    diversity: float = 0.3
+    sharpness: float = 0.03
+    diversity: float = 0.1
     usage_momentum: float = 0.9
     gradient: float = 0.0
     similarity: float = 0.0
