@@ -220,3 +220,24 @@ def test_standardised_over_ranks_as_in_one_process(monkeypatch: pytest.MonkeyPat
         thread.join(60)
     torch.testing.assert_close(found[0][0] + found[1][0], whole.detach())
     torch.testing.assert_close(found[0][1] + found[1][1], wanted)
+
+
+def test_training_does_not_fade_to_one_code() -> None:
+    """Features that share most of themselves, all layers learning: with logits that are only projected this ends at a
+    perplexity of 1."""
+    torch.manual_seed(0)
+    quantiser = Quantiser(32, CODES)
+    encoder, decoder = torch.nn.Linear(6, 32), torch.nn.Linear(32, 6)
+    learned = [*quantiser.parameters(), *encoder.parameters(), *decoder.parameters()]
+    optimiser = torch.optim.Adam(learned, 1e-2)
+    usage = torch.ones(CODES)
+    for step in range(150):
+        inputs = alike(step)
+        tokens = quantiser(encoder(inputs).relu())
+        usage = pooled_mean(tokens.probabilities)
+        loss = (decoder(tokens.codes) - inputs).abs().mean()
+        loss = loss + 0.1 * negative_entropy(usage) + 0.03 * token_entropy(tokens.logits).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert float(perplexity(usage.detach())) > CODES / 2
