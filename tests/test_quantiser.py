@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from nnunet_umit.architectures import quantiser as module
 from nnunet_umit.architectures.quantiser import Quantiser, negative_entropy, perplexity, pooled_mean, token_entropy
 
 CODES = 12
+T = TypeVar("T")
 
 
 @given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]))
@@ -98,6 +102,29 @@ def test_saturated_logits_have_finite_losses_and_gradients() -> None:
     assert loss.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
 
 
+def on_ranks(monkeypatch: pytest.MonkeyPatch, calls: list[Callable[[], T]]) -> list[T]:
+    """What the calls return, each in a thread that stands for a rank: sums over ranks wait for all of them."""
+    count = len(calls)
+    barrier, board = threading.Barrier(count), [torch.zeros(0)] * count
+    own = threading.local()
+
+    def all_reduce(values: Tensor) -> None:
+        board[own.rank] = values.clone()
+        barrier.wait(60)
+        total = torch.stack(board).sum(0)
+        barrier.wait(60)
+        values.copy_(total)
+
+    def call(rank: int) -> T:
+        own.rank = rank
+        return calls[rank]()
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    with ThreadPoolExecutor(count) as ranks:
+        return list(ranks.map(call, range(count)))
+
+
 @pytest.mark.parametrize("counts", [(6, 6), (3, 9), (1, 2, 9)])
 def test_ranks_have_the_gradient_of_one_process(monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]) -> None:
     """The mean over ranks of their gradients, as DDP makes it, is that of all tokens in one process."""
@@ -108,22 +135,15 @@ def test_ranks_have_the_gradient_of_one_process(monkeypatch: pytest.MonkeyPatch,
     def probabilities(of: Tensor) -> Tensor:
         return (of @ weight).softmax(-1)
 
-    whole = negative_entropy(pooled_mean(probabilities(torch.cat(features, 1))))
-    wanted = torch.autograd.grad(whole, weight)[0]
-    sums = sum(probabilities(each).detach().flatten(0, 1).sum(0) for each in features)
-    everything = torch.cat((torch.as_tensor(sums), torch.tensor([float(sum(counts))], dtype=torch.float64)))
+    def loss_and_gradient(of: Tensor) -> tuple[Tensor, Tensor]:
+        loss = negative_entropy(pooled_mean(probabilities(of)))
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
 
-    def all_reduce(tensor: Tensor, *_: Any) -> None:
-        tensor.copy_(everything)
-
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.distributed, "get_world_size", lambda: len(counts))
-    monkeypatch.setattr(module.distributed, "all_reduce", all_reduce)
-    losses = [negative_entropy(pooled_mean(probabilities(each))) for each in features]
-    for loss in losses:
+    whole, wanted = loss_and_gradient(torch.cat(features, 1))
+    found = on_ranks(monkeypatch, [partial(loss_and_gradient, each) for each in features])
+    for loss, _ in found:
         torch.testing.assert_close(loss, whole)
-    gradients = [torch.autograd.grad(loss, weight)[0] for loss in losses]
-    torch.testing.assert_close(torch.stack(gradients).mean(0), wanted)
+    torch.testing.assert_close(torch.stack([gradient for _, gradient in found]).mean(0), wanted)
 
 
 def test_bad_sizes_are_refused() -> None:
@@ -182,43 +202,19 @@ def test_features_without_contrast_tell_nothing() -> None:
 
 
 def test_standardised_over_ranks_as_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads stand for ranks: logits are those of one process, and the mean of the gradients is its gradient."""
+    """Losses of the ranks add up to that of one process, and so do their gradients."""
     torch.manual_seed(0)
     parts, factor = (alike(0, 7)[:1].double(), 2 * alike(1, 3)[:1].double()), torch.randn(CODES, dtype=torch.float64)
-    weight = torch.randn(6, CODES, dtype=torch.float64)
+    weight = torch.randn(6, CODES, dtype=torch.float64, requires_grad=True)
 
-    def loss(features: Tensor, matrix: Tensor) -> Tensor:
-        raw = features @ matrix
-        mean, variance = module.statistics(raw)
-        return (((raw - mean) * (variance + module.FLAT).rsqrt()).sin() * factor).sum()
+    def loss_and_gradient(features: Tensor) -> tuple[Tensor, Tensor]:
+        logits = Quantiser(6, CODES).double().standardised(features @ weight)
+        loss = ((logits / module.SCALE).sin() * factor).sum()
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
 
-    single = weight.clone().requires_grad_()
-    whole = loss(torch.cat(parts, 1), single)
-    wanted = torch.autograd.grad(whole, single)[0]
-    barrier, board = threading.Barrier(2), [torch.zeros(0)] * 2
-
-    def all_reduce(values: Tensor) -> None:
-        board[int(threading.current_thread().name)] = values.clone()
-        barrier.wait(60)
-        total = board[0] + board[1]
-        barrier.wait(60)
-        values.copy_(total)
-
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.distributed, "all_reduce", all_reduce)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def rank(number: int) -> None:
-        own = weight.clone().requires_grad_()
-        value = loss(parts[number], own)
-        found[number] = value.detach(), torch.autograd.grad(value, own)[0]
-
-    threads = [threading.Thread(target=rank, args=(number,), name=str(number)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    torch.testing.assert_close(found[0][0] + found[1][0], whole.detach())
+    whole, wanted = loss_and_gradient(torch.cat(parts, 1))
+    found = on_ranks(monkeypatch, [partial(loss_and_gradient, each) for each in parts])
+    torch.testing.assert_close(found[0][0] + found[1][0], whole)
     torch.testing.assert_close(found[0][1] + found[1][1], wanted)
 
 

@@ -55,23 +55,8 @@ def perplexity(usage: Tensor) -> Tensor:
     return (-negative_entropy(usage)).exp()
 
 
-def pooled_mean(values: Tensor) -> Tensor:
-    """Mean (K,) of (..., K) over the tokens of all ranks, each token counting the same.
-
-    Gradients flow through the own tokens only, scaled so that after the averaging over ranks of a distributed training
-    they are those of one process that holds all tokens (ranks may hold different numbers of tokens).
-    """
-    own = values.flatten(0, -2)
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return own.mean(0)
-    pooled = torch.cat((own.detach().sum(0), own.new_tensor([own.shape[0]])))
-    distributed.all_reduce(pooled)
-    share = own.sum(0) * (distributed.get_world_size() / pooled[-1])
-    return pooled[:-1] / pooled[-1] + share - share.detach()
-
-
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks whose gradient is summed over ranks too: what one process with all tokens has."""
+    """Sum over ranks, whose gradient is summed over ranks too (torch's own is deprecated)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -86,14 +71,17 @@ class _SumOverRanks(torch.autograd.Function):
         return pooled
 
 
-def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (K,) of (..., K) over the tokens of all ranks, with the gradient through every token."""
+def pooled_mean(values: Tensor) -> Tensor:
+    """Mean (K,) of (..., K) over the tokens of all ranks, each token counting the same.
+
+    After the averaging over ranks of a distributed training, gradients are those of one process that holds all tokens
+    (ranks may hold different numbers of tokens): every rank must run its backward pass.
+    """
     own = values.flatten(0, -2)
     if not (distributed.is_available() and distributed.is_initialized()):
-        return own.mean(0), own.var(0, unbiased=False)
+        return own.mean(0)
     sums = _SumOverRanks.apply(torch.cat((own.sum(0), own.new_tensor([own.shape[0]]))))
-    mean = sums[:-1] / sums[-1].detach()
-    return mean, _SumOverRanks.apply((own - mean).square().sum(0)) / sums[-1].detach()
+    return sums[:-1] / sums[-1]
 
 
 @dataclass
@@ -158,9 +146,10 @@ class Quantiser(nn.Module):
         batches seen afterwards. A batch that is not finite leaves no trace in the running statistics."""
         mean, variance = self.mean, self.variance
         if self.training:
-            mean, variance = statistics(raw_BLK)
+            mean = pooled_mean(raw_BLK)
+            variance = pooled_mean((raw_BLK - mean).square())
             self._remember(mean.detach(), variance.detach())
-        return self.scale.float() * (raw_BLK - mean) * (variance + FLAT).rsqrt()
+        return self.scale * (raw_BLK - mean) * (variance + FLAT).rsqrt()
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
