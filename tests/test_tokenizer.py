@@ -147,6 +147,17 @@ def test_the_moving_average_of_the_usage_changes_the_value_and_not_the_flow() ->
     torch.testing.assert_close(network.usage, expected)  # evaluation does not move it
 
 
+def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:
+    image = images((1.0, 1.0, 1.0))
+    network = training(usage_momentum=0.5, discriminator=1.0)
+    network.discriminator_loss(network(image))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    output = network(torch.full_like(image, torch.nan))
+    assert not output.pooled.isfinite(), "the guard of the trainer skips the step"
+    assert not network.discriminator_loss(output).isfinite()
+    assert [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])] == []
+
+
 def test_the_discriminator_is_heard_only_while_its_gate_is_open() -> None:
     image = images((1.0, 1.0, 1.0))
     network = training(discriminator=1.0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nnunet_umit.architectures.quantiser import follow
 from nnunet_umit.architectures.sac import SACConv, SACDown
 from nnunet_umit.spacing import Anisotropy, TokenGrid
 
@@ -44,8 +45,7 @@ class PatchDiscriminator(nn.Module):
         """Hinge loss of the discriminator; moves the gate in training."""
         found = 0.5 * (F.relu(1 - self(real, anisotropy)).mean() + F.relu(1 + self(made.detach(), anisotropy)).mean())
         if self.training:
-            with torch.no_grad():
-                self.gate.copy_(torch.stack((MOMENTUM * self.gate[0] + (1 - MOMENTUM) * found, found)))
+            follow(self.gate, found.expand(2), self.gate.new_tensor([1 - MOMENTUM, 1.0]))
         return found
 
     def generator_loss(self, made: Tensor, anisotropy: Anisotropy) -> Tensor:

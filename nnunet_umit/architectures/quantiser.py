@@ -84,6 +84,12 @@ def pooled_mean(values: Tensor) -> Tensor:
     return sums[:-1] / sums[-1]
 
 
+@torch.no_grad()
+def follow(running: Tensor, batch: Tensor, weight: Tensor | float) -> None:
+    """Move a running mean by ``weight`` towards a batch; one that is not finite leaves no trace."""
+    running.copy_(torch.where(batch.isfinite().all(), running.lerp(batch, weight), running))
+
+
 @dataclass
 class Quantised:
     """Tokens of a batch: ``codes`` (B, L, E) for the decoder; ``logits`` and ``probabilities`` (B, L, K) in float32;
@@ -148,17 +154,11 @@ class Quantiser(nn.Module):
         if self.training:
             mean = pooled_mean(raw_BLK)
             variance = pooled_mean((raw_BLK - mean).square())
-            self._remember(mean.detach(), variance.detach())
+            self.seen += variance.isfinite().all()  # a mean is finite where its variance is
+            weight = (1 / self.seen.clamp_min(1)).clamp_min(SLOWEST)
+            follow(self.mean, mean, weight)
+            follow(self.variance, variance, weight)
         return self.scale * (raw_BLK - mean) * (variance + FLAT).rsqrt()
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        good = torch.isfinite(mean).all() & torch.isfinite(variance).all()
-        seen = self.seen + good
-        weight = (1 / seen.clamp_min(1)).clamp_min(SLOWEST)
-        for running, new in ((self.mean, mean), (self.variance, variance)):
-            running.copy_(torch.where(good, running.lerp(new, weight), running))
-        self.seen.copy_(seen)
 
     def lookup(self, probabilities_BLK: Tensor) -> Tensor:
         """The mixture of codes (B, L, E) that probabilities stand for: a point in the convex hull of the codebook."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nnunet_umit.architectures.discriminator import PatchDiscriminator
 from nnunet_umit.architectures.encoder import SACViT, encoder_arguments
 from nnunet_umit.architectures.image_losses import absolute_error, gradient_error, structural_dissimilarity
-from nnunet_umit.architectures.quantiser import negative_entropy, pooled_mean, token_entropy
+from nnunet_umit.architectures.quantiser import follow, negative_entropy, pooled_mean, token_entropy
 from nnunet_umit.architectures.tokenizer import SoftTokenizer, View, load_tokenizer
 from nnunet_umit.architectures.transfer import CARD_FILE, load_state
 from nnunet_umit.config import TokenizerConfig
@@ -126,8 +126,7 @@ class TokenizerTraining(nn.Module):
         momentum = self.config.usage_momentum
         if not momentum or not self.training:
             return usage
-        with torch.no_grad():
-            self.usage.mul_(momentum).add_((1 - momentum) * usage)
+        follow(self.usage, usage, 1 - momentum)
         return self.usage.clone() + usage - usage.detach()
 
     def discriminator_loss(self, output: TokenizerOutput) -> Tensor:
