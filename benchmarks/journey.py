@@ -70,9 +70,9 @@ class Journey:
             "OMP_NUM_THREADS": "2",
         }
 
-    def run(self, key: str, *words: str | Path, results: str = "results", code: int = 0) -> None:
+    def run(self, key: str, *words: str | Path, results: str = "results", code: int = 0, again: bool = False) -> None:
         """Run one command once; its wall time goes into the results, its output into a log."""
-        if self.results.get(key) is not None:
+        if self.results.get(key) is not None and not again:
             return
         began = time.monotonic()
         log = self.log(key)
@@ -112,7 +112,7 @@ class Journey:
         if missing:
             key = "plan" if len(missing) == len(PLANNED) else f"plan {' '.join(missing)}"
             planning = ["nnUNetv2_plan_and_preprocess", "-d", *missing, "-pl", "UMITPlanner"]
-            self.run(key, *planning, "-np", "2", "-npfp", "2")
+            self.run(key, *planning, "-np", "2", "-npfp", "2", again=True)  # stored: of another work folder
         for base in bases.values():
             split = json.loads((self.data / "splits" / f"{base.name}.json").read_text(encoding="utf-8"))[0]
             write_json(base / "splits_final.json", [{"train": split["train"], "val": sorted(split["val"])[:VALIDATED]}])

@@ -180,12 +180,24 @@ def test_afterwards_a_token_depends_on_itself_only() -> None:
     for batch in batches:
         quantiser(batch)
     raw = quantiser.project(torch.stack(batches)).flatten(0, 2)
-    torch.testing.assert_close(quantiser.mean, raw.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(quantiser.mean[0], raw.mean(0), atol=1e-4, rtol=1e-4)
     quantiser.eval()
     before = quantiser.mean.clone()
     whole = quantiser(batches[0]).probabilities
     torch.testing.assert_close(quantiser(batches[0][:1, :7]).probabilities, whole[:1, :7])
     assert torch.equal(quantiser.mean, before), "evaluation changes nothing"
+
+
+def test_every_level_has_statistics_of_its_own() -> None:
+    torch.manual_seed(0)
+    quantiser = Quantiser(6, CODES)
+    thin, thick = alike(0), 5 + 3 * alike(1)
+    of_thin, of_thick = quantiser(thin, level=0).logits, quantiser(thick, level=3).logits
+    quantiser.eval()
+    torch.testing.assert_close(quantiser(thin, level=0).logits, of_thin)
+    torch.testing.assert_close(quantiser(thick, level=3).logits, of_thick)
+    for level, nearest in ((1, 0), (2, 3), (5, 3)):  # none was seen: the nearest counts
+        assert torch.equal(quantiser(thin, level=level).logits, quantiser(thin, level=nearest).logits)
 
 
 def test_a_batch_that_is_not_finite_leaves_no_trace() -> None:

@@ -8,9 +8,10 @@ them from fading into one another. A code's logits are standardised over tokens,
 
     l_ik = scale * (w_k z_i - mean_k) / deviation_k
 
-over the batch in training and by running statistics afterwards: W and b are fixed then, and a token does not depend on
-its crop. Otherwise what all features share decides, a few steps carry all tokens to one code, and there the gradients
-of all entropies vanish. And the prior-distribution regularisation: two entropies of different things,
+over the batch in training, and by running statistics of the images' anisotropy level afterwards: W and b are fixed
+then, and a token does not depend on its crop. Otherwise what all features share decides, a few steps carry all tokens
+to one code, and there the gradients of all entropies vanish. And the prior-distribution regularisation: two entropies
+of different things,
 
     diversity = -H(mean of p_i over all tokens)   in [-log K, 0]    low when all codes are used equally
     sharpness = mean of H(p_i)                    in [0, log K]     low when every token chooses
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from nnunet_umit.config import QUANTISERS
+from nnunet_umit.spacing import MAX_LEVEL
 
 COMMITMENT = 0.25  # VQ-VAE's beta
 SCALE = 3.0  # first standard deviation of a code's logits over tokens: they nearly choose, about a nat of 256 codes
@@ -131,33 +133,45 @@ class Quantiser(nn.Module):
             self.project = nn.Linear(dim, codes, bias=False)
             nn.init.xavier_uniform_(self.project.weight)
             self.scale = nn.Parameter(torch.tensor(SCALE))
-            self.register_buffer("mean", torch.zeros(codes))
-            self.register_buffer("variance", torch.ones(codes))
-            self.register_buffer("seen", torch.tensor(0.0))
+            levels = (
+                MAX_LEVEL + 1
+            )  # a batch has one: features of thick slices differ from those of thin ones as a whole
+            self.register_buffer("mean", torch.zeros(levels, codes))
+            self.register_buffer("variance", torch.ones(levels, codes))
+            self.register_buffer("seen", torch.zeros(levels))
 
-    def forward(self, features_BLE: Tensor, temperature: float = 1.0) -> Quantised:
-        """``temperature`` is that of the Gumbel noise, in (0, 1]; the other modes have none."""
+    def forward(self, features_BLE: Tensor, temperature: float = 1.0, level: int = 0) -> Quantised:
+        """Tokens of a batch.
+
+        Args:
+            temperature: of the Gumbel noise, in (0, 1]; the other modes have none.
+            level: anisotropy level of the images, 0 to 5; the same on all ranks.
+        """
         none = features_BLE.new_zeros(features_BLE.shape[0], dtype=torch.float32)
         if self.mode == "nearest":
             return self._nearest(features_BLE.float())
-        logits = self.standardised(self.project(features_BLE).float())
+        logits = self.standardised(self.project(features_BLE).float(), level)
         probabilities = logits.softmax(-1)
         chosen = probabilities
         if self.mode == "gumbel" and self.training:
             chosen = F.gumbel_softmax(logits, temperature, hard=True)
         return Quantised(self.lookup(chosen), logits, probabilities, none)
 
-    def standardised(self, raw_BLK: Tensor) -> Tensor:
+    def standardised(self, raw_BLK: Tensor, level: int = 0) -> Tensor:
         """Logits (B, L, K): every code's with mean 0 and one deviation over the tokens of the batch in training, of the
-        batches seen afterwards. A batch that is not finite leaves no trace in the running statistics."""
-        mean, variance = self.mean, self.variance
+        batches seen at this level, or the nearest that was seen, afterwards. A batch that is not finite leaves no trace
+        in the running statistics."""
         if self.training:
             mean = pooled_mean(raw_BLK)
             variance = pooled_mean((raw_BLK - mean).square())
-            self.seen += variance.isfinite().all()  # a mean is finite where its variance is
-            weight = (1 / self.seen.clamp_min(1)).clamp_min(SLOWEST)
-            follow(self.mean, mean, weight)
-            follow(self.variance, variance, weight)
+            self.seen[level] += variance.isfinite().all()  # a mean is finite where its variance is
+            weight = (1 / self.seen[level].clamp_min(1)).clamp_min(SLOWEST)
+            follow(self.mean[level], mean, weight)
+            follow(self.variance[level], variance, weight)
+        else:
+            distance = (torch.arange(len(self.seen), device=self.seen.device) - level).abs()
+            nearest = (distance + len(self.seen) * (self.seen == 0)).argmin()
+            mean, variance = self.mean[nearest], self.variance[nearest]
         return self.scale * (raw_BLK - mean) * (variance + FLAT).rsqrt()
 
     def lookup(self, probabilities_BLK: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class SoftTokenizer(nn.Module):
             done += 2 if done == 0 else 1
         for layer in self.tail:
             features = layer(features, view.anisotropy, done)
-        return self.quantiser(features.flatten(2).transpose(1, 2), temperature)
+        return self.quantiser(features.flatten(2).transpose(1, 2), temperature, view.anisotropy.level)
 
     def decode(self, codes_BLE: Tensor, view: View) -> Tensor:
         """Codes (B, L, E) of the view's whole grid to an image of the view's shape."""

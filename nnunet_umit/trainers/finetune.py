@@ -140,7 +140,7 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         """nnU-Net's loss, or that of shares where labels were drawn; and the balanced cross-entropy that fades."""
         output = self.network(self.to_device(batch["data"]))
         targets = self._targets(output, batch)
-        loss: torch.Tensor = (self.share_loss if batch["drawn"] else self.loss)(output, targets)
+        loss: torch.Tensor = (self.loss_of_shares if batch["drawn"] else self.loss)(output, targets)
         weight = fading(self.iteration() / (self.num_epochs * self.num_iterations_per_epoch), self.config.balance)
         if weight and self.balance is not None:
             loss = loss + weight * self.balance(output, targets)
@@ -153,7 +153,7 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         return None if self.label_manager.has_regions else self._supervised(balanced_cross_entropy)
 
     @functools.cached_property
-    def share_loss(self) -> Any:
+    def loss_of_shares(self) -> Any:
         """The loss for drawn labels, in the same form; nnU-Net's for regions."""
         return self.loss if self.label_manager.has_regions else self._supervised(share_loss)
 
