@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 class TrainingConfig:
     """What every training of this package has in common. Fractions are of the whole schedule.
 
+    ``mirror_axes`` are the axes that training mirrors, and prediction may mirror too; None: all.
     ``thicken`` (``3d_native`` only) is the probability that an image without thick slices is given some, by averaging 2
     to ``thickest`` neighbouring slices along a random axis.
     """
@@ -45,6 +46,7 @@ class TrainingConfig:
     oversample_foreground: float = 0.0
     thicken: float = 0.0
     thickest: int = 6
+    mirror_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "max_nonfinite"):
@@ -67,6 +69,9 @@ class TrainingConfig:
         _require(self, "schedule", self.schedule in ("cosine", "poly"), "'cosine' or 'poly'")
         _require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
+        if self.mirror_axes is not None:
+            _require(self, "mirror_axes", all(a in (0, 1, 2) for a in self.mirror_axes), "null or axes out of 0, 1, 2")
+            object.__setattr__(self, "mirror_axes", tuple(self.mirror_axes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +180,6 @@ class FinetuneConfig(TrainingConfig):
     freeze: str = "none"
     freeze_epochs: int = 0
     augmentation: str = "auto"
-    mirror_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,9 +193,6 @@ class FinetuneConfig(TrainingConfig):
             "a whole number >= 0",
         )
         _require(self, "augmentation", self.augmentation in AUGMENTATIONS, "'auto', 'nnunet', 'light' or 'none'")
-        if self.mirror_axes is not None:
-            _require(self, "mirror_axes", all(a in (0, 1, 2) for a in self.mirror_axes), "null or axes out of 0, 1, 2")
-            object.__setattr__(self, "mirror_axes", tuple(self.mirror_axes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,14 +217,13 @@ class UMITConfig:
         """Defaults for a network size; wider networks take smaller learning rates and more drop path."""
         learning_rate, finetuning_rate, drop_path = _SIZE_DEFAULTS.get(size, _SIZE_DEFAULTS["XS"])
         dim, codes = _TOKENIZER_DEFAULTS.get(size, _TOKENIZER_DEFAULTS["XS"])
+        data: dict[str, Any] = {"thicken": thicken, "mirror_axes": mirror_axes}
         return cls(
             size=size,
             why=why,
-            pretrain=PretrainConfig(learning_rate=learning_rate, thicken=thicken),
-            tokenizer=TokenizerConfig(dim=dim, codes=codes, thicken=thicken),
-            finetune=FinetuneConfig(
-                learning_rate=finetuning_rate, drop_path=drop_path, thicken=thicken, mirror_axes=mirror_axes
-            ),
+            pretrain=PretrainConfig(learning_rate=learning_rate, **data),
+            tokenizer=TokenizerConfig(dim=dim, codes=codes, **data),
+            finetune=FinetuneConfig(learning_rate=finetuning_rate, drop_path=drop_path, **data),
         )
 
     @classmethod

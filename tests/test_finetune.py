@@ -15,7 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_training import GEOMETRIES, Killed, case_file, folder_of, kill_at, log_of, weights
 
 from nnunet_umit.trainers import checkpoint as checkpoints
-from nnunet_umit.trainers.finetune import LIGHT_BELOW, UMITTrainer, confusion, mirrored_axes
+from nnunet_umit.trainers.finetune import LIGHT_BELOW, UMITTrainer, confusion
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
 from nnunet_umit.trainers.summary import summarise
 
@@ -101,6 +101,16 @@ def test_mirrored_axes_follow_the_plan_into_prediction(prepare: Callable[..., di
         assert all(size > 16 for size in larger)
 
 
+def test_pre_training_mirrors_what_the_plan_lets_be_mirrored(prepare: Callable[..., dict]) -> None:
+    trainer = tiny.make_trainer(UMITPretrainTrainer, prepare(pretrain={"mirror_axes": [1]}))
+    *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    transforms = trainer.training_transforms((16, 16, 16), None, axes, False, None).transforms[-1:]
+    image = torch.arange(64.0).view(1, 4, 4, 4)
+    torch.manual_seed(0)
+    seen = {tuple(transforms[0](image=image)["image"].flatten().tolist()) for _ in range(30)}
+    assert seen == {tuple(image.flatten().tolist()), tuple(image.flip(2).flatten().tolist())}
+
+
 @pytest.mark.parametrize(("missing", "chosen"), [(0, "nnunet"), (1, "light")])
 def test_augmentation_is_light_where_a_case_is_shown_a_few_times(
     prepare: Callable[..., dict], missing: int, chosen: str
@@ -118,7 +128,7 @@ def test_mirroring_an_axis_that_is_not_there_is_refused(prepare: Callable[..., d
     plans = prepare(**GEOMETRIES["2D"], finetune={"mirror_axes": [2]})
     trainer = tiny.make_trainer(UMITTrainer, plans)
     with pytest.raises(ValueError, match=r"mirror_axes is \[2\] but the patch has axes 0 to 1"):
-        mirrored_axes(trainer.config, 2)
+        trainer.mirrored_axes()
 
 
 def test_without_augmentation_batches_are_crops(prepare: Callable[..., dict]) -> None:

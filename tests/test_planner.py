@@ -177,8 +177,9 @@ def test_labels_decide_what_is_mirrored_and_how_far_a_patch_reaches(
     monkeypatch.setattr(planner_module, "read_foreground", read)
     plans = UMITPlanner(name).plan_experiment()["configurations"]
     assert seen == [(["case_000"], [2, 0, 1])], "read once, in the axes of the plans"
-    axes = {name: each["umit"]["finetune"]["mirror_axes"] for name, each in plans.items()}
-    assert axes == {"3d_fullres": [0, 2], "2d": [1], "3d_native": [0, 2]}
+    for section in ("pretrain", "tokenizer", "finetune"):
+        axes = {name: each["umit"][section]["mirror_axes"] for name, each in plans.items()}
+        assert axes == {"3d_fullres": [0, 2], "2d": [1], "3d_native": [0, 2]}
     assert "Not mirrored there: one comes before two along axis 1." in plans["2d"]["umit"]["why"]
     for configuration, planned in plans.items():
         token = planned["architecture"]["arch_kwargs"]["token_size"]

@@ -74,6 +74,13 @@ def test_a_token_does_not_depend_on_the_crop() -> None:
     torch.testing.assert_close(part[2:-2, 2:-2], whole[4:8, 4:8])
 
 
+@pytest.mark.parametrize(("level", "spacing"), enumerate(LEVELS))
+def test_running_statistics_are_those_of_the_level(level: int, spacing: tuple[float, ...]) -> None:
+    tokenizer = build(spacing)
+    tokenizer.tokenize(tokenizer.view(images(spacing)))
+    assert tokenizer.quantiser.seen.nonzero().flatten().tolist() == [level]
+
+
 def test_native_images_bring_their_spacing() -> None:
     fixed, native = build((4.0, 1.0, 1.0)).eval(), build((1.0, 1.0, 1.0), native=True).eval()
     native.load_state_dict(fixed.state_dict())

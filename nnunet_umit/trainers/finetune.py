@@ -74,7 +74,8 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
             rotation, dummy_2d, initial_patch_size, _ = chosen
         else:
             rotation, dummy_2d, initial_patch_size = None, False, self.configuration_manager.patch_size
-        axes = mirrored_axes(self.config, len(self.configuration_manager.patch_size))
+        plain = self.config.mirror_axes is None and self.config.augmentation == "none"
+        axes = None if plain else self.mirrored_axes()
         self.inference_allowed_mirroring_axes = axes
         return rotation, dummy_2d, initial_patch_size, axes
 
@@ -268,21 +269,6 @@ def confusion(logits: torch.Tensor, target: torch.Tensor, labels: Any) -> dict[s
     axes = [0, *range(2, logits.dim())]
     pairs = {"tp_hard": predicted & true, "fp_hard": predicted & ~true, "fn_hard": ~predicted & true}
     return {name: hits.sum(axes).cpu().numpy().astype(np.float64) for name, hits in pairs.items()}
-
-
-def mirrored_axes(config: FinetuneConfig, dimensions: int) -> tuple[int, ...] | None:
-    """Axes that training mirrors, and prediction may mirror too; None for none (nnU-Net fails on an empty tuple).
-
-    Raises:
-        ValueError: an axis that the patch does not have.
-    """
-    if config.mirror_axes is None:
-        return None if config.augmentation == "none" else tuple(range(dimensions))
-    if any(axis >= dimensions for axis in config.mirror_axes):
-        raise ValueError(
-            f"umit.finetune.mirror_axes is {list(config.mirror_axes)} but the patch has axes 0 to {dimensions - 1}"
-        )
-    return config.mirror_axes or None
 
 
 def light_augmentation(mirror_axes: tuple[int, ...] | None, use_mask: list[bool] | None) -> list[BasicTransform]:

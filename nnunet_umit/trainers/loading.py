@@ -58,6 +58,21 @@ class LoadingTrainer(ResumableTrainer):
                 )
         return super().do_split()
 
+    def mirrored_axes(self) -> tuple[int, ...] | None:
+        """Axes of the patch that the plan lets be mirrored; None for none (nnU-Net fails on an empty tuple).
+
+        Raises:
+            ValueError: an axis that the patch does not have.
+        """
+        axes, dimensions = self.config.mirror_axes, len(self.configuration_manager.patch_size)
+        if axes is None:
+            return tuple(range(dimensions))
+        if any(axis >= dimensions for axis in axes):
+            raise ValueError(
+                f"umit.{self.section}.mirror_axes is {list(axes)} but the patch has axes 0 to {dimensions - 1}"
+            )
+        return axes or None
+
     def training_transforms(self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any) -> Any:
         """Transforms of one training sample of ``patch`` voxels."""
         raise NotImplementedError

@@ -142,7 +142,7 @@ def draw_usage(usage: Sequence[float], path: str | Path, title: str = "") -> Non
     shares = 100 * np.sort(np.asarray(usage, dtype=float))[::-1]
     figure = _figure((8.0, 3.4))
     axes = figure.add_axes((0.09, 0.16, 0.88, 0.72))
-    axes.bar(np.arange(1, len(shares) + 1), shares, width=1.0, color=CURVES[0], linewidth=0)
+    axes.stairs(shares, np.arange(len(shares) + 1) + 0.5, fill=True, color=CURVES[0])  # bars would show seams
     axes.grid(False)  # nnU-Net changes matplotlib's defaults
     axes.axhline(100 / len(shares), color=CURVES[1], linewidth=1.2, linestyle="--", label="equal share")
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)

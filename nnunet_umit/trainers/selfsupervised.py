@@ -109,11 +109,10 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
         """No label is known, so that none can steer where patches are cut."""
         return NoLabels()
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[None, bool, Any, tuple[int, ...]]:
-        """No rotation, and so no larger patch to rotate in; all axes are mirrored."""
-        patch_size = self.configuration_manager.patch_size
-        self.inference_allowed_mirroring_axes = tuple(range(len(patch_size)))
-        return None, False, patch_size, self.inference_allowed_mirroring_axes
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[None, bool, Any, Any]:
+        """No rotation, and so no larger patch to rotate in; the plan's axes are mirrored."""
+        axes = self.inference_allowed_mirroring_axes = self.mirrored_axes()
+        return None, False, self.configuration_manager.patch_size, axes
 
     def training_transforms(
         self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
