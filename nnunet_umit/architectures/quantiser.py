@@ -133,9 +133,7 @@ class Quantiser(nn.Module):
             self.project = nn.Linear(dim, codes, bias=False)
             nn.init.xavier_uniform_(self.project.weight)
             self.scale = nn.Parameter(torch.tensor(SCALE))
-            levels = (
-                MAX_LEVEL + 1
-            )  # a batch has one: features of thick slices differ from those of thin ones as a whole
+            levels = MAX_LEVEL + 1  # features of thick slices differ from those of thin ones as a whole
             self.register_buffer("mean", torch.zeros(levels, codes))
             self.register_buffer("variance", torch.ones(levels, codes))
             self.register_buffer("seen", torch.zeros(levels))
@@ -170,8 +168,8 @@ class Quantiser(nn.Module):
             follow(self.variance[level], variance, weight)
         else:
             distance = (torch.arange(len(self.seen), device=self.seen.device) - level).abs()
-            nearest = (distance + len(self.seen) * (self.seen == 0)).argmin()
-            mean, variance = self.mean[nearest], self.variance[nearest]
+            nearest = (distance + len(self.seen) * (self.seen == 0)).argmin(0, keepdim=True)
+            mean, variance = self.mean.index_select(0, nearest), self.variance.index_select(0, nearest)  # no GPU sync
         return self.scale * (raw_BLK - mean) * (variance + FLAT).rsqrt()
 
     def lookup(self, probabilities_BLK: Tensor) -> Tensor:

@@ -74,10 +74,14 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
             rotation, dummy_2d, initial_patch_size, _ = chosen
         else:
             rotation, dummy_2d, initial_patch_size = None, False, self.configuration_manager.patch_size
-        plain = self.config.mirror_axes is None and self.config.augmentation == "none"
-        axes = None if plain else self.mirrored_axes()
-        self.inference_allowed_mirroring_axes = axes
+        axes = self.inference_allowed_mirroring_axes = self.mirrored_axes()
         return rotation, dummy_2d, initial_patch_size, axes
+
+    def mirrored_axes(self) -> tuple[int, ...] | None:
+        """As the plan says; where it says nothing, ``augmentation`` "none" mirrors none."""
+        if self.config.mirror_axes is None and self.config.augmentation == "none":
+            return None
+        return super().mirrored_axes()
 
     def training_transforms(
         self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
