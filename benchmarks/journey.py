@@ -230,7 +230,8 @@ class Journey:
         stock = ["nnUNetv2_train", "4", "3d_fullres", "0", "-device", "cpu", "--npz"]
         self.run("4/stock train", *stock, "-tr", "nnUNetTrainerShort")
         for name in ("UMITTrainer__UMITPlans", "nnUNetTrainerShort__nnUNetPlans"):
-            if not (self.work / "results" / self.folder(4).name / f"{name}__3d_fullres" / "fold_0").is_dir():
+            trained = (self.work / "results" / self.folder(4).name / f"{name}__3d_fullres" / "fold_0").is_dir()
+            if self.results.get("4/find best") is None and not trained:  # stored: of another work folder
                 raise RuntimeError(f"{name} was not trained")
         self.run(
             "4/find best", "nnUNetv2_find_best_configuration", "4", "-p", "UMITPlans", "nnUNetPlans",

@@ -27,8 +27,8 @@ METHODS = {"mae": "UMITPretrainTrainer", "soft_tokens": "UMITSoftTokenPretrainTr
 ARMS = ("scratch", *METHODS, "scratch+")
 TASKS: tuple[tuple[str, int], ...] = (
     ("Dataset004_Hippocampus", 10),
-    ("Dataset027_ACDC", 10),
     ("Dataset004_Hippocampus", 0),  # 0: all of the fold's
+    ("Dataset027_ACDC", 10),
 )
 
 
