@@ -168,11 +168,14 @@ class TokenGrid:
         """Number of tokens L."""
         return math.prod(self.shape)
 
-    @property
-    def padding(self) -> tuple[int, ...]:
-        """For ``torch.nn.functional.pad`` on (..., D, H, W): last axis first, far end only."""
-        far = [padded - size for padded, size in zip(self.padded_size, self.image_size, strict=True)]
-        return (0, far[2], 0, far[1], 0, far[0])
+    def pad(self, image: Any) -> Any:
+        """(B, C, *image_size) or (B, C, H, W) tensor -> (B, C, *padded_size) tensor, zeros at the far end."""
+        from torch.nn import functional  # this module is also for those who have no tensors, and no torch
+
+        image = image if image.dim() == 5 else image.unsqueeze(2)
+        self._check(image, self.image_size)
+        d, h, w = (padded - size for padded, size in zip(self.padded_size, self.image_size, strict=True))
+        return functional.pad(image, (0, w, 0, h, 0, d)) if d or h or w else image
 
     def patchify(self, image: Any) -> Any:
         """(B, C, *padded_size) tensor -> (B, L, P) tensor."""
@@ -207,7 +210,7 @@ class TokenGrid:
 
     def _check(self, image: Any, size: Size3) -> None:
         if tuple(image.shape[2:]) != size:
-            raise ValueError(f"image of size {tuple(image.shape[2:])} does not fit the padded grid {size}")
+            raise ValueError(f"image of size {tuple(image.shape[2:])} does not fit the grid of size {size}")
 
 
 def token_grid(

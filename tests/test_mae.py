@@ -67,8 +67,7 @@ def test_targets_are_the_voxels_of_the_hidden_tokens(
     image = torch.randn(1, 2, *size)
     output = mae(image)
     grid = output.grid
-    volume = image if image.dim() == 5 else image.unsqueeze(2)
-    padded = torch.nn.functional.pad(volume, grid.padding)
+    padded = grid.pad(image)
     token = int(output.hidden[0, 0])
     z, y, x = (int(v) for v in torch.unravel_index(torch.tensor(token), grid.shape))
     d, h, w = grid.token
@@ -116,8 +115,7 @@ def test_a_perfect_prediction_restores_the_image(spacing: tuple[float, ...], ste
 
     def oracle(tokens: Any, visible: Any, hidden: Any, grid: Any, anisotropy: Any) -> torch.Tensor:
         plain(tokens, visible, hidden, grid, anisotropy)
-        volume = image if image.dim() == 5 else image.unsqueeze(2)
-        patches = grid.patchify(torch.nn.functional.pad(volume, grid.padding))
+        patches = grid.patchify(grid.pad(image))
         return normalise_patches(patches.gather(1, hidden.unsqueeze(-1).expand(-1, -1, patches.shape[-1])))[0]
 
     mae.predict = oracle  # type: ignore[method-assign]

@@ -111,11 +111,15 @@ def test_padding_reaches_whole_tokens_and_is_cropped_again() -> None:
     grid = token_grid((9, 30, 33), [(5.0, 1.0, 1.0)], 8, "relative")
     assert grid.token == (2, 8, 8)
     assert grid.padded_size == (10, 32, 40)
-    padded = torch.nn.functional.pad(torch.ones(1, 1, 9, 30, 33), grid.padding)
+    padded = grid.pad(torch.ones(1, 1, 9, 30, 33))
     assert tuple(padded.shape[2:]) == grid.padded_size
+    assert padded[..., :9, :30, :33].min() == 1.0
+    assert padded.sum() == 9 * 30 * 33
     assert grid.crop(padded).shape[2:] == (9, 30, 33)
     with pytest.raises(ValueError, match="does not fit"):
         grid.patchify(torch.ones(1, 1, 9, 30, 33))
+    with pytest.raises(ValueError, match="does not fit"):
+        grid.pad(torch.ones(1, 1, 10, 30, 33))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0, 6.4, 10.0])

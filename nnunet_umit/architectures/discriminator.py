@@ -35,7 +35,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor, anisotropy: Anisotropy) -> Tensor:
         """(B, C, D, H, W) of any size to a map of scores, an eighth of it in plane."""
         depth, height, width = image.shape[2:]
-        image = F.pad(image, TokenGrid((depth, height, width), anisotropy.token(2 ** len(WIDTHS))).padding)
+        image = TokenGrid((depth, height, width), anisotropy.token(2 ** len(WIDTHS))).pad(image)
         for halvings, (down, conv, norm) in enumerate(zip(self.down, self.conv, self.norm, strict=True)):
             image = conv(down(image, anisotropy, halvings), anisotropy, halvings + 1)
             image = F.leaky_relu(norm(image), 0.2)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_umit.architectures.rope import gather_table, rotary_table
@@ -163,10 +162,7 @@ class SACViT(nn.Module):
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (B, C, D, H, W) or (B, C, H, W)")
         grid = self.grid(image, spacings, order)
         anisotropy = Anisotropy.from_spacings(self._spacings(image, spacings), order)
-        if image.dim() == 4:
-            image = image.unsqueeze(2)
-        if any(grid.padding):
-            image = F.pad(image, grid.padding)
+        image = grid.pad(image)
         tokens, features = self.stem(image, grid, anisotropy, visible)
         return Embedding(tokens, features, image, grid, anisotropy)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnunet_umit.architectures.mae import MAEOutput, normalise_patches, padded
+from nnunet_umit.architectures.mae import MAEOutput, normalise_patches
 from nnunet_umit.architectures.masking import near_mean
 from nnunet_umit.architectures.stem import take_tokens
 from nnunet_umit.spacing import TokenGrid
@@ -27,7 +27,7 @@ RELAXATIONS = 20  # five times as many change the loss in its third digit
 def interpolation_loss(output: MAEOutput) -> float:
     """Masked loss of the interpolation under the masks of a pass: what it says of a hidden token, normalised like the
     target, times the one factor that suits all of them best."""
-    grid, image = output.grid, padded(output.image, output.grid)
+    grid, image = output.grid, output.grid.pad(output.image)
     made = interpolate(image, output.visible, grid, output.spacings)
     guess, _, _ = normalise_patches(take_tokens(grid.patchify(made), output.hidden))
     target = output.target.float()

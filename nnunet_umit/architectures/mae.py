@@ -39,11 +39,6 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (patches - mean) / deviation, mean, deviation
 
 
-def padded(image: Tensor, grid: TokenGrid) -> Tensor:
-    """(B, C, D, H, W) or (B, C, H, W) to (B, C, *padded_size)."""
-    return F.pad(image if image.dim() == 5 else image.unsqueeze(2), grid.padding)
-
-
 @dataclass
 class MAEOutput:
     """One masked forward pass: the loss to minimise (mean squared error over hidden tokens), the same for every sample
@@ -168,7 +163,7 @@ class MaskedAutoencoder(Transferable):
         output: MAEOutput = self(image, generator)
         image = output.image
         grid, channels = output.grid, image.shape[1]
-        patches = grid.patchify(padded(image, grid)).float()
+        patches = grid.patchify(grid.pad(image)).float()
         _, mean, deviation = normalise_patches(take_tokens(patches, output.hidden))
         where = output.hidden.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
         blank = patches.scatter(1, where, float("nan"))

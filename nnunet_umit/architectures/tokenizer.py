@@ -74,7 +74,7 @@ class View:
         volume = self.image if self.image.dim() == 5 else self.image.unsqueeze(2)
         self.anisotropy = Anisotropy.from_spacings(self.spacings, self.order)
         self.grid: TokenGrid = token_grid(tuple(volume.shape[2:]), self.spacings, token_size, "relative", self.order)
-        self.padded = F.pad(volume, self.grid.padding) if any(self.grid.padding) else volume
+        self.padded = self.grid.pad(volume)
 
     def like_image(self, padded: Tensor) -> Tensor:
         """Crop the padding away; the shape of ``image``."""
