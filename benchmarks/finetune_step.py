@@ -142,6 +142,7 @@ def optimiser(name: str, network: nn.Module, umit_finetune: dict[str, Any]) -> t
         network,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        transformer_rate=config.transformer_rate,
     )
     return adamw(groups, betas=config.betas), config.clip_norm
 

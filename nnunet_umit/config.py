@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 class TrainingConfig:
     """What every training of this package has in common. Fractions are of the whole schedule.
 
+    ``learning_rate`` is that of convolutions; a transformer, where there is one, learns at ``transformer_rate`` times it.
     ``mirror_axes`` are the axes that training mirrors, and prediction may mirror too; None: all.
     ``thicken`` (``3d_native`` only) is the probability that an image without thick slices is given some, by averaging 2
     to ``thickest`` neighbouring slices along a random axis.
@@ -33,6 +34,7 @@ class TrainingConfig:
     iterations_per_epoch: int = 250
     val_iterations_per_epoch: int = 25
     learning_rate: float = 1e-3
+    transformer_rate: float = 1.0
     minimum_learning_rate_fraction: float = 0.01
     warmup_fraction: float = 0.05
     schedule: str = "cosine"
@@ -53,7 +55,7 @@ class TrainingConfig:
             _require(
                 self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
             )
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "transformer_rate", "clip_norm"):
             _require(self, name, _number(getattr(self, name)) and getattr(self, name) > 0, "a number > 0")
         for name in (
             "minimum_learning_rate_fraction",
@@ -223,7 +225,9 @@ class UMITConfig:
             why=why,
             pretrain=PretrainConfig(learning_rate=learning_rate, **data),
             tokenizer=TokenizerConfig(dim=dim, codes=codes, **data),
-            finetune=FinetuneConfig(learning_rate=finetuning_rate, drop_path=drop_path, **data),
+            finetune=FinetuneConfig(
+                learning_rate=finetuning_rate, transformer_rate=TRANSFORMER_RATE, drop_path=drop_path, **data
+            ),
         )
 
     @classmethod
@@ -249,12 +253,13 @@ _SECTIONS: dict[str, type[TrainingConfig]] = {
     "finetune": FinetuneConfig,
 }
 _TOKENIZER_DEFAULTS = {"tiny": (32, 16), "XS": (256, 256), "S": (384, 512), "B": (512, 1024), "L": (512, 1024)}
+TRANSFORMER_RATE = 0.25  # of fine-tuning: docs/results.md, "What the defaults were chosen by"
 _SIZE_DEFAULTS = {  # learning rates of pre-training and fine-tuning, drop path of fine-tuning
-    "tiny": (2e-3, 2e-3, 0.0),
-    "XS": (1e-3, 2e-3, 0.05),
-    "S": (5e-4, 5e-4, 0.1),
-    "B": (3e-4, 3e-4, 0.2),
-    "L": (2e-4, 2e-4, 0.3),
+    "tiny": (2e-3, 8e-3, 0.0),
+    "XS": (1e-3, 8e-3, 0.05),
+    "S": (5e-4, 2e-3, 0.1),
+    "B": (3e-4, 1.2e-3, 0.2),
+    "L": (2e-4, 8e-4, 0.3),
 }
 
 

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunet_umit.architectures.encoder import SACViT
+from nnunet_umit.architectures.mae import MaskedAutoencoder
 from nnunet_umit.architectures.unetr import UMITSegmenter
 from nnunet_umit.trainers.optimisation import (
     LearningRateSchedule,
@@ -17,7 +19,9 @@ from nnunet_umit.trainers.optimisation import (
     layer_of,
     learning_rate_factor,
     parameter_groups,
+    set_layer_decay,
     set_trainable,
+    transformer_parameters,
 )
 
 DEPTH = 3
@@ -74,6 +78,30 @@ def test_vectors_have_no_weight_decay(network: UMITSegmenter) -> None:
 def test_single_tokens_count_as_vectors() -> None:
     assert is_vector(torch.zeros(1, 1, 24)) and is_vector(torch.zeros(24))
     assert not is_vector(torch.zeros(24, 24)) and not is_vector(torch.zeros(1, 24, 1, 1, 1))
+
+
+def test_transformers_learn_at_their_own_share_of_the_rate(network: UMITSegmenter) -> None:
+    """Attention must not follow convolutions to high rates, whatever the layer-wise decay is."""
+    groups = parameter_groups(network, learning_rate=BASE, weight_decay=0.05, layer_decay=DECAY, transformer_rate=0.25)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    optimizer = adamw(groups, betas=(0.9, 0.98))
+    for decay in (DECAY, 1.0):
+        set_layer_decay(optimizer, learning_rate=BASE, layers=DEPTH + 1, decay=decay)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                share = 0.25 if name.startswith("encoder.transformer.") else 1.0
+                layer = layer_of(network, name)
+                assert group["base_lr"] == pytest.approx(BASE * share * decay ** (DEPTH + 1 - layer)), name
+
+
+def test_a_decoder_of_masked_pretraining_is_a_transformer_too() -> None:
+    encoder = SACViT(1, spacing=(1.0, 1.0, 1.0), token_size=8, embed_dim=24, depth=1, num_heads=2)
+    network = MaskedAutoencoder(encoder, input_channels=1, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    attending = {names[each] for each in transformer_parameters(network)}
+    assert any(name.startswith("decoder.blocks.0.") for name in attending)
+    assert all(name.startswith(("encoder.transformer.", "decoder.")) for name in attending)
 
 
 def test_schedule_keeps_the_layer_ratio(network: UMITSegmenter) -> None:

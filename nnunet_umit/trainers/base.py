@@ -132,7 +132,12 @@ class UMITBaseTrainer(LoadingTrainer):
     def optimised_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, each with its ``base_lr``."""
         config = self.config
-        return parameter_groups(self.unwrapped(), learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        return parameter_groups(
+            self.unwrapped(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            transformer_rate=config.transformer_rate,
+        )
 
     def plot_network_architecture(self) -> None:
         """Nothing: nnU-Net draws with a package that is no longer maintained and logs its failure."""

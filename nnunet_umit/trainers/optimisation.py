@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunet_umit.architectures.transformer import Transformer
+
 POLY_EXPONENT = 0.9  # nnU-Net's polynomial schedule
 SHAPES = ("cosine", "poly")
 ENCODER = "encoder."
@@ -106,40 +108,57 @@ def layer_scale(layer: int, layers: int, decay: float) -> float:
 
 
 def parameter_groups(
-    network: nn.Module, *, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+    network: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    transformer_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of equal layer and equal weight decay, each with its ``base_lr``.
+    """Trainable parameters in groups of equal layer, kind and weight decay, each with its ``base_lr``.
 
     Layer ids follow BEiT and MAE fine-tuning: 0 for the stem, k + 1 for transformer block k, depth + 1 for all else
-    (final norm, decoder, heads). The learning rate of a layer is ``learning_rate * layer_decay ** (depth + 1 - id)``.
+    (final norm, decoder, heads). The learning rate of a layer is ``learning_rate * layer_decay ** (depth + 1 - id)``,
+    times ``transformer_rate`` for what belongs to a transformer: AdamW moves every weight by about the learning rate
+    a step, which convolutions before an instance norm bear at rates that destroy attention.
 
     Args:
         network: has ``.encoder`` with ``.layer_id(parameter_name)``; parameters outside the encoder are "all else".
-        learning_rate: of the last layer.
+        learning_rate: of the last layer's convolutions.
         weight_decay: of matrices and kernels; vectors get none.
         layer_decay: 1 gives every layer the same learning rate.
+        transformer_rate: learning rate of transformers, as a share of that of convolutions.
 
     Returns:
-        Groups for ``torch.optim``, from the image upwards, with the extra keys ``base_lr``, ``layer`` and ``name``.
+        Groups for ``torch.optim``, from the image upwards, with the extra keys ``base_lr``, ``layer``, ``share`` (1, or
+        ``transformer_rate``) and ``name``.
     """
-    last = last_layer(network)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    last, attending = last_layer(network), transformer_parameters(network)
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, vector = layer_of(network, name), is_vector(parameter)
-        if (layer, vector) not in groups:
-            base = learning_rate * layer_scale(layer, last, layer_decay)
-            groups[layer, vector] = {
+        layer, attends, vector = layer_of(network, name), id(parameter) in attending, is_vector(parameter)
+        if (layer, attends, vector) not in groups:
+            share = transformer_rate if attends else 1.0
+            base = learning_rate * share * layer_scale(layer, last, layer_decay)
+            groups[layer, attends, vector] = {
                 "params": [],
                 "lr": base,
                 "base_lr": base,
                 "weight_decay": 0.0 if vector else weight_decay,
                 "layer": layer,
-                "name": f"layer {layer}, {'vectors' if vector else 'matrices'}",
+                "share": share,
+                "name": f"layer {layer}{', transformer' if attends else ''}, {'vectors' if vector else 'matrices'}",
             }
-        groups[layer, vector]["params"].append(parameter)
+        groups[layer, attends, vector]["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def transformer_parameters(network: nn.Module) -> set[int]:
+    """``id`` of every parameter inside a :class:`~nnunet_umit.architectures.transformer.Transformer`."""
+    transformers = (module for module in network.modules() if isinstance(module, Transformer))
+    return {id(parameter) for module in transformers for parameter in module.parameters()}
 
 
 def last_layer(network: nn.Module) -> int:
@@ -158,12 +177,12 @@ def set_layer_decay(optimizer: torch.optim.Optimizer, *, learning_rate: float, l
     """Give the groups of ``parameter_groups`` the base learning rates of another ``layer_decay``.
 
     Args:
-        learning_rate: of the last layer.
+        learning_rate: of the last layer's convolutions; ``transformer_rate`` stays as it was.
         layers: id of the last layer, depth + 1.
         decay: 1 gives every layer the same learning rate.
     """
     for group in optimizer.param_groups:
-        group["base_lr"] = learning_rate * layer_scale(group["layer"], layers, decay)
+        group["base_lr"] = learning_rate * group["share"] * layer_scale(group["layer"], layers, decay)
 
 
 def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
