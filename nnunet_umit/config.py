@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 class TrainingConfig:
     """What every training of this package has in common. Fractions are of the whole schedule.
 
-    ``learning_rate`` is that of convolutions; a transformer, where there is one, learns at ``transformer_rate`` times it.
+    ``learning_rate`` is that of convolutions; a transformer, if there is one, learns at ``transformer_rate`` times it.
     ``mirror_axes`` are the axes that training mirrors, and prediction may mirror too; None: all.
     ``thicken`` (``3d_native`` only) is the probability that an image without thick slices is given some, by averaging 2
     to ``thickest`` neighbouring slices along a random axis.
