@@ -120,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--tokenizer-share", type=float, default=0.4, help="share of the soft tokens' time that the tokenizer has")
     add("--seed", type=int, action="append", help="fine-tune with this seed only (may be repeated; default: 1 and 2)")
     add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: all)")
+    numbers = sorted({int(dataset[7:10]) for dataset, _ in TASKS})
+    add("--dataset", type=int, action="append", choices=numbers, help="this data set only (may be repeated)")
     options = options_parser.parse_args(arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
@@ -127,6 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     methods = Methods(options, results, minutes, tuning)
     with alone_in(work_folder(options.work)):
         for dataset, labelled in TASKS[:1] if options.quick else TASKS:
+            if int(dataset[7:10]) not in (options.dataset or numbers):
+                continue
             for seed in options.seed or ([1] if options.quick else [1, 2]):
                 for arm in options.arm or ARMS:
                     methods.compare(dataset, labelled, seed, arm)
