@@ -136,8 +136,8 @@ class Bench:
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.work / "nnUNet_preprocessed"),
             "nnUNet_results": str(results),
-            "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "2",
+            "nnUNet_n_proc_DA": str(max(1, self.options.threads // 2)),
+            "nnUNet_def_n_proc": str(self.options.threads),
             "OMP_NUM_THREADS": str(self.options.threads),
             "PYTHONPATH": path,
         }
@@ -186,7 +186,8 @@ class Bench:
         say(f"planning and preprocessing {self.dataset} with {planner} ...")
         program = str(Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess")
         command = [program, "-d", str(int(self.dataset[7:10])), "-pl", planner, "-c", *configurations]
-        self.call([*command, "-np", "2", "-npfp", "2"], self.work / "planning")
+        processes = str(self.options.threads)
+        self.call([*command, "-np", processes, "-npfp", processes], self.work / "planning")
 
     def is_preprocessed(self, plans: str, configuration: str) -> bool:
         """Whether the plans have the configuration and every training case was preprocessed for it."""

@@ -86,7 +86,7 @@ def report(runs: Mapping[str, Any], prefix: str) -> str:
 
 
 def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
-    """Dice of every seed as a dot, the mean as a bar, a group of bars a task."""
+    """Dice of every seed as a dot, the mean as a dash; a panel a task, each with its own scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,18 +95,19 @@ def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
     tasks = gathered(runs, prefix)
     if not tasks:
         return
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = dict(zip(ARMS, ("#999999", "#0072B2", "#D55E00", "#555555"), strict=True))
-    for place, arms in enumerate(tasks.values()):
-        for index, arm in enumerate(ARMS):
-            dice, x = arms.get(arm, []), place + 0.2 * (index - 1.5)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(9, 3.5), layout="constrained", squeeze=False)
+    for axes, (task, arms) in zip(panels[0], tasks.items(), strict=True):
+        for index, (arm, colour) in enumerate(zip(ARMS, ("#777777", "#0072B2", "#D55E00", "#222222"), strict=True)):
+            dice = arms.get(arm, [])
             if dice:
-                axes.bar(x, statistics.fmean(dice), 0.18, color=colours[arm], label=arm if place == 0 else None)
-                axes.plot([x] * len(dice), dice, "o", color="black", markersize=3)
-    axes.set_xticks(range(len(tasks)), [task.replace("/", "\n") + " labelled" for task in tasks])
-    axes.set_ylabel("mean Dice")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+                axes.plot([index - 0.3, index + 0.3], [statistics.fmean(dice)] * 2, color=colour, linewidth=3)
+                axes.plot([index] * len(dice), dice, "o", color=colour, markersize=6, markeredgecolor="white")
+        axes.set_xticks(range(len(ARMS)), [arm.replace("_", "\n") for arm in ARMS])
+        axes.set_xlim(-0.6, len(ARMS) - 0.4)
+        axes.margins(y=0.2)
+        axes.set_title(task.replace("/", "\n") + " labelled", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("mean Dice; axes do not begin at 0")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

@@ -37,6 +37,7 @@ from benchmarks.common import REPOSITORY, Results, say
 
 PAGES = ("README.md", "docs/gpu.md", "docs/planning.md", "docs/results.md", "docs/soft_tokens.md")
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
+METHODS = "full/fold0/20min+5min/"
 TOKENIZER = "full/fold0/20min/seed1/soft-alone"
 NOTHING = "Not measured yet."
 
@@ -50,7 +51,7 @@ def runs_of(name: str) -> Mapping[str, Any]:
 # ---------------------------------------------------------------------------------------------------- headline
 def headline() -> str:
     """The README's table: what, figure, command."""
-    rows = [*_accuracy_rows(), *_native_rows(), *_step_rows(), *_prediction_rows()]
+    rows = [*_accuracy_rows(), *_pretraining_rows(), *_native_rows(), *_step_rows(), *_prediction_rows()]
     lines = ["| what | figure | command |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {figure} | `{command}` |" for what, figure, command in rows)])
 
@@ -83,6 +84,23 @@ def _accuracy_rows() -> list[tuple[str, str, str]]:
             task_option = "" if task == "hippocampus" else f" --task {task}"
             command = f"python -m benchmarks.accuracy --full{task_option}"
             rows.append((what, f"{statistics.fmean(dice):.3f}", command))
+    return rows
+
+
+def _pretraining_rows() -> list[tuple[str, str, str]]:
+    names = {
+        "scratch": "from scratch",
+        "mae": "after 20 minutes of masked pre-training",
+        "soft_tokens": "after 20 minutes of tokenizer and soft-token pre-training",
+        "scratch+": "from scratch in 25 minutes",
+    }
+    rows = []
+    for task, arms in pretraining_methods.gathered(runs_of("pretraining_methods"), METHODS).items():
+        dataset, labelled = task.split("/")
+        label = f"{dataset.split('_')[1]}, {labelled} labelled cases, 5 minutes of fine-tuning: mean Dice"
+        shown = [f"{name} {statistics.fmean(arms[arm]):.3f}" for arm, name in names.items() if arm in arms]
+        seeds = "/".join(sorted({str(len(dice)) for dice in arms.values()}))
+        rows.append((f"{label}, {seeds} seeds", "; ".join(shown), "python -m benchmarks.pretraining_methods --full"))
     return rows
 
 
@@ -200,7 +218,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tuning_balance": lambda: _other_accuracy("full/acdc/fold1/6min/"),
     "accuracy_acdc": lambda: _accuracy("acdc"),
     "label_efficiency": lambda: _with_runs("label_efficiency", label_efficiency, "full/fold0/60min+5min/"),
-    "pretraining_methods": lambda: _with_runs("pretraining_methods", pretraining_methods, "full/fold0/20min+5min/"),
+    "pretraining_methods": lambda: _with_runs("pretraining_methods", pretraining_methods, METHODS),
     "native_spacing": lambda: _with_runs("native_spacing", native_spacing, "full/fold0/15min/"),
     "spacing_robustness": _robustness,
     "corpus_transfer": _corpus,

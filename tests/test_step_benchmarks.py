@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import arithmetic, demo, finetune_step, mae_step, peers, planning, scaling, step_memory, timed_predict
+from benchmarks import (
+    arithmetic,
+    demo,
+    finetune_step,
+    journey,
+    mae_step,
+    peers,
+    planning,
+    scaling,
+    step_memory,
+    timed_predict,
+)
 from benchmarks.common import Results
 from nnunet_umit.architectures.encoder import SIZES
 from nnunet_umit.plans import layout
@@ -188,3 +199,32 @@ def test_plans_and_memory_are_stored_and_not_made_again(tmp_path, monkeypatch, c
     monkeypatch.setattr(planning, "DATASETS", (120,))
     with pytest.raises(FileNotFoundError, match="Dataset120 is not in the data folder; set UMIT_DATA"):
         planning.main(["--full", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])
+
+
+# ------------------------------------------------------------------------------------------------------ journey
+def state(losses: list[float], weight: float) -> dict[str, Any]:
+    return {
+        "logging": {"train_losses": losses, "val_losses": [1.0]},
+        "network_weights": {"layer": torch.tensor([weight])},
+    }
+
+
+def test_a_continued_training_must_equal_the_unbroken_one():
+    whole = state([2.0, 1.0], 0.5)
+    assert journey.difference(whole, state([2.0, 1.0], 0.5), exact=True) == {
+        "largest_difference": 0.0,
+        "weights_equal": True,
+    }
+    with pytest.raises(RuntimeError, match="train_losses differ"):
+        journey.difference(whole, state([2.0, 1.0000001], 0.5), exact=True)
+    with pytest.raises(RuntimeError, match="weights do not"):
+        journey.difference(whole, state([2.0, 1.0], 0.6), exact=True)
+
+
+def test_on_a_gpu_it_must_be_close():
+    whole = state([2.0, 1.0], 0.5)
+    found = journey.difference(whole, state([2.0, 1.01], 0.6), exact=False)
+    assert found["largest_difference"] == pytest.approx(0.01) and not found["weights_equal"]
+    for other in (1.03, float("nan")):
+        with pytest.raises(RuntimeError, match="differ"):
+            journey.difference(whole, state([2.0, other], 0.5), exact=False)
