@@ -15,11 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Results, parser, provenance, say, table
-from nnunet_umit.architectures.encoder import SIZES
 from nnunet_umit.plans import layout
 
 CLAIM = "expected cost of training steps on a GPU; arithmetic, not measured"
 TFLOPS = 989.0
+CLASSES = 3
 UTILISATION = (0.4, 0.2)
 CASES: dict[str, tuple[str, tuple[int, int, int], tuple[float, float, float], int, int]] = {
     # name: size, patch, spacing, token, batch
@@ -30,6 +30,12 @@ CASES: dict[str, tuple[str, tuple[int, int, int], tuple[float, float, float], in
 }
 
 
+def arch_kwargs(size: str, spacing: tuple[float, ...], token: int) -> dict[str, Any]:
+    """Arguments of the network as the planner writes them."""
+    extent = tuple(1.0 for _ in spacing)  # what the arguments do not depend on
+    return layout.Task(spacing, extent, 1.0, 1, CLASSES, 1.0).arch_kwargs(size, token)
+
+
 def operations(size: str, patch: tuple[int, ...], spacing: tuple[float, ...], token: int) -> dict[str, Any]:
     """Operations of one sample, forward and backward, and the memory of a fine-tuning step in bytes."""
     from nnunet_umit.architectures.mae import MaskedAutoencoder
@@ -37,13 +43,11 @@ def operations(size: str, patch: tuple[int, ...], spacing: tuple[float, ...], to
     from nnunet_umit.config import UMITConfig
     from nnunet_umit.plans.memory import predict_training_memory
 
-    channels = layout.CHANNELS_OF_SMALLEST if size == "XS" else layout.CHANNELS
-    arch = {"spacing": list(spacing), "token_size": token, "stem": "conv", **SIZES[size]}
-    arch |= {"stem_channels": list(channels), "decoder_channels": list(channels)}
+    arch = arch_kwargs(size, spacing, token)
     found: dict[str, Any] = {"tokens": 0}
     with torch.device("meta"):
         masked = MaskedAutoencoder.from_arch_kwargs(1, arch, UMITConfig().pretrain)
-        segmenter = UMITSegmenter(1, 3, **arch)
+        segmenter = UMITSegmenter(1, CLASSES, **arch)
         image = torch.empty(1, 1, *patch)
         grid = segmenter.encoder.grid(image)
         hidden = round(0.75 * grid.tokens)
@@ -58,7 +62,7 @@ def operations(size: str, patch: tuple[int, ...], spacing: tuple[float, ...], to
             found[name] = counter.get_total_flops()
     found["tokens"] = grid.tokens
     found["parameters"] = sum(parameter.numel() for parameter in segmenter.parameters())
-    memory = predict_training_memory(arch, patch, 1, 3)
+    memory = predict_training_memory(arch, patch, 1, CLASSES)
     return found | {"constant_bytes": memory.total(0), "sample_bytes": memory.sample_bytes}
 
 

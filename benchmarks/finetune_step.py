@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,26 @@ def optimiser(name: str, network: nn.Module, umit_finetune: dict[str, Any]) -> t
     return adamw(groups, betas=config.betas), config.clip_norm
 
 
+def precision(device: torch.device) -> AbstractContextManager:
+    """As the trainers have it: bfloat16 autocast on a GPU, float32 on a CPU."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
 def make_step(
-    name: str, network: nn.Module, batch: int, patch: list[int], finetune: dict[str, Any]
+    name: str,
+    network: nn.Module,
+    batch: int,
+    patch: list[int],
+    finetune: dict[str, Any],
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    compiled: bool = False,
 ) -> Callable[[], None]:
-    """One complete training step of ``network`` on a fixed random batch."""
+    """One complete training step of ``network`` on a fixed random batch; with ``compiled``, as nnU-Net compiles it."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(batch, 1, *patch, generator=generator)
-    labels = torch.randint(0, CLASSES, (batch, 1, *patch), generator=generator).float()
-    network.train()
+    image = torch.randn(batch, 1, *patch, generator=generator).to(device)
+    labels = torch.randint(0, CLASSES, (batch, 1, *patch), generator=generator).float().to(device)
+    network.to(device).train()
+    forward = torch.compile(network) if compiled else network
     with torch.no_grad():
         outputs = network(image[:1])
     sizes = [output.shape[2:] for output in outputs] if isinstance(outputs, (list, tuple)) else [outputs.shape[2:]]
@@ -165,7 +178,9 @@ def make_step(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss(network(image), targets).backward()
+        with precision(device):
+            value = loss(forward(image), targets)
+        value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
 

@@ -23,6 +23,7 @@ from benchmarks import (
     corpus_transfer,
     demo,
     finetune_step,
+    gpu_step,
     label_efficiency,
     mae_step,
     native_spacing,
@@ -199,6 +200,11 @@ def _corpus() -> str:
     return corpus_transfer.report(runs_of("corpus_transfer"), "full/corpus/30min", "full/30min+4min/")
 
 
+def _gpu_steps() -> str:
+    runs = {key: run for key, run in runs_of("gpu_step").items() if key.startswith("full/") and run["device"] != "cpu"}
+    return gpu_step.report(runs) if runs else ""
+
+
 def _prediction() -> str:
     keys = [f"full/{dataset}/threads2" for dataset in predict.CASES]
     start = runs_of("predict").get("full/start")
@@ -225,6 +231,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tokenizer": lambda: tokenizer.report(runs_of("tokenizer"), TOKENIZER, "full/fold0/6min/"),
     "mae_step": lambda: _several("mae_step", mae_step, [f"full/tokens{n}/threads2" for n in mae_step.IMAGES]),
     "finetune_step": lambda: _several("finetune_step", finetune_step, ["full/batch4/threads2", "full/batch7/threads2"]),
+    "gpu_step": _gpu_steps,
     "predict": _prediction,
     "scaling": lambda: scaling.report(runs_of("scaling"), "full"),
 }

@@ -15,6 +15,7 @@ from benchmarks import (
     arithmetic,
     demo,
     finetune_step,
+    gpu_step,
     journey,
     mae_step,
     peers,
@@ -228,3 +229,31 @@ def test_on_a_gpu_it_must_be_close():
     for other in (1.03, float("nan")):
         with pytest.raises(RuntimeError, match="differ"):
             journey.difference(whole, state([2.0, other], 0.5), exact=False)
+
+
+# --------------------------------------------------------------------------------------------------------- GPU
+def test_the_steps_for_a_gpu_run_on_a_cpu_too(tmp_path, monkeypatch, capsys):
+    case = ("XS", (16, 16, 16), (1.0, 1.0, 1.0), 8, 2)
+    monkeypatch.setattr(gpu_step.arithmetic, "CASES", {"tiny": case})
+    gpu_step.main(["--quick", "--device", "cpu", "--case", "tiny", "--results", str(tmp_path)])
+    printed = capsys.readouterr().out
+    run = Results("gpu_step", "", tmp_path).runs["quick/cpu/tiny"]
+    assert list(run["arms"]) == [gpu_step.PLAIN, gpu_step.PRIMUS, gpu_step.FINETUNE, gpu_step.PRETRAIN]
+    assert run["arms"][gpu_step.PLAIN]["ratio"]["wall"]["median"] == 1.0 and run["tokens"] == 8
+    own = run["arms"][gpu_step.FINETUNE]
+    assert own["operations"] == 2 * arithmetic.operations(*case[:4])["finetune"] and own["peak_memory_bytes"] is None
+    assert printed.count("| tiny ") == 4 and "Measured on: cpu" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_steps_for_a_gpu_say_that_there_is_none():
+    with pytest.raises(RuntimeError, match="no CUDA device; --device cpu"):
+        gpu_step.main(["--quick"])
+
+
+def test_the_plain_network_is_laid_out_as_nnunet_does():
+    arch = gpu_step.plain_conv_unet((40, 56, 40), (1.0, 1.0, 1.0))["architecture"]["arch_kwargs"]
+    stock = finetune_step.NNUNET_PLAN["architecture"]["arch_kwargs"]
+    assert arch == stock
+    deep = gpu_step.plain_conv_unet((128, 128, 128), (1.0, 1.0, 1.0))["architecture"]["arch_kwargs"]
+    assert deep["features_per_stage"] == [32, 64, 128, 256, 320, 320]

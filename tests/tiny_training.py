@@ -172,14 +172,20 @@ def dataset_json(channels: int = 1, cases: int = 4) -> dict[str, Any]:
 
 
 def make_trainer(
-    trainer_class: type, plans: dict[str, Any], *, fold: Any = "all", resume: bool = False, **description: Any
+    trainer_class: type,
+    plans: dict[str, Any],
+    *,
+    fold: Any = "all",
+    resume: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    **description: Any,
 ) -> Any:
-    """A trainer as nnUNetv2_train makes it, on the CPU."""
+    """A trainer as nnUNetv2_train makes it."""
     plans = copy.deepcopy(plans)
     plans["continue_training"] = resume
     name, configuration = next(iter(plans["configurations"].items()))
     channels = len(configuration["normalization_schemes"])
-    return trainer_class(plans, name, fold, {**dataset_json(channels), **description}, device=torch.device("cpu"))
+    return trainer_class(plans, name, fold, {**dataset_json(channels), **description}, device=device)
 
 
 GEOMETRIES = {

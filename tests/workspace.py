@@ -24,6 +24,7 @@ class Workspace:
 
     root: Path
     configuration: str = "3d_fullres"
+    device: str = "cpu"
 
     def environment(self, results: str = "results") -> dict[str, str]:
         folders = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": results}
@@ -46,7 +47,7 @@ class Workspace:
         return output
 
     def train(self, trainer: str, fold: str, *options: str, results: str = "results", fails: bool = False) -> str:
-        common = ("901", self.configuration, fold, "-tr", trainer, "-p", "UMITPlans", "-device", "cpu")
+        common = ("901", self.configuration, fold, "-tr", trainer, "-p", "UMITPlans", "-device", self.device)
         return self.run("nnUNetv2_train", *common, *options, results=results, fails=fails)
 
     def fold(self, trainer: str, fold: str, results: str = "results") -> Path:
