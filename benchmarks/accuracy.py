@@ -18,7 +18,6 @@ and at its end: one pass without mirroring each, outside the clock, on at most `
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -26,7 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DATASET, Results, add_place, budget, parser, provenance, say, table
+from benchmarks.common import (
+    DATASET,
+    Results,
+    add_place,
+    budget,
+    parse_with_tuning,
+    parser,
+    provenance,
+    say,
+    table,
+    tagged,
+)
 from benchmarks.equal_time import CONFIGURATION, STOCK_PLANS, Bench, alone_in, totals
 
 CLAIM = "mean foreground Dice on a grouped validation fold after equal training wall time on equal cores"
@@ -55,17 +65,6 @@ STOCK = {
     "primus_s": ("nnUNet_Primus_S_Trainer", STOCK_PLANS),
 }
 ARMS = (*STOCK, "umit_scratch", "umit_shared")
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """``finetune.learning_rate=0.002`` -> key and value (JSON; a bare word is a string)."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. finetune.learning_rate=0.002")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def plans_of(arm: str, options: argparse.Namespace) -> str:
@@ -189,20 +188,14 @@ def main(arguments: list[str] | None = None) -> None:
     add("--task", choices=list(TASKS), default="hippocampus", help="default: hippocampus")
     add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: those of the task)")
     add("--minutes", type=float, default=None, help="training wall time of each arm (default 20 or 30; quick: 8 s)")
-    add("--validation-fold", type=int, default=0, choices=range(5), help="0 for the claim, 1-4 for tuning")
     add("--validation-cases", type=int, default=None, help="validate on the first N cases only (default: all)")
     add("--no-curve", action="store_true", help="keep no weights on the way")
     add("--pretrain-share", type=float, default=0.3, help="share of the budget that umit_shared spends on pre-training")
     add("--planner", default="UMITPlanner", help="UMITPlanner, UMITPlannerS, ...")
     add("--replan", action="store_true", help="plan and preprocess with the UMIT planner again")
-    add("--set", action="append", type=setting, default=[], metavar="KEY=VALUE",
-        help="value of the plans' umit block, e.g. finetune.learning_rate=0.002; for tuning, with --tag")  # fmt: skip
-    add("--tag", default="", help="kept in the key of the result, to tell tuning runs apart")
     add("--seed", type=int, action="append", help="this seed only (may be repeated; default: 1 to 3 for umit_scratch)")
     add_place(options_parser)
-    options = options_parser.parse_args(arguments)
-    if options.set and not options.tag:
-        options_parser.error("--set changes the plans' values: name the runs with --tag")
+    options = parse_with_tuning(options_parser, arguments)
     task = TASKS[options.task]
     minutes = budget(options.minutes, options.quick, task.minutes)
 
@@ -211,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     prefix = f"{mode}/{options.task}/fold{options.validation_fold}/{minutes:.3g}min/"
     todo = []
     for seed, arm in seeds_of(options, task):
-        key = f"{prefix}seed{seed}/{arm}" + (f"+{options.tag}" if options.tag and arm not in STOCK else "")
+        key = f"{prefix}seed{seed}/{arm}{tagged(options) if arm not in STOCK else ''}"
         if results.get(key) is None or options.again:
             todo.append((seed, arm, key))
     settings = {name: getattr(options, name) for name in ("quick", "threads", "set", "pretrain_share", "planner")}
@@ -227,8 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
                 say(f"{key} ...")
                 results.put(key, run_arm(benches[seed], arm, key, minutes))
     say(report(results.runs, prefix))
-    picture = results.path.with_name(f"accuracy_{options.task}" + ("_quick" if options.quick else "") + ".png")
-    plot(results.runs, prefix, picture)
+    if options.validation_fold == 0:
+        picture = results.path.with_name(f"accuracy_{options.task}" + ("_quick" if options.quick else "") + ".png")
+        plot(results.runs, prefix, picture)
     say(f"{options.threads} cores, {minutes:.3g} minutes of training wall time each.")
     say(f"Results: {results.path.name} in the results folder")
 

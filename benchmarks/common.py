@@ -197,7 +197,7 @@ def training_parser(description: str | None, minutes: float) -> argparse.Argumen
     add("--minutes", type=float, default=None, help=f"training wall time of each run (default {minutes:g})")
     add("--replan", action="store_true", help="plan and preprocess with the UMIT planner again")
     add_place(options_parser)
-    options_parser.set_defaults(set=[], validation_cases=None)
+    options_parser.set_defaults(set=[], tag="", validation_cases=None, validation_fold=0)
     return options_parser
 
 
@@ -211,6 +211,35 @@ def add_place(options_parser: argparse.ArgumentParser) -> None:
         choices=("cpu", "cuda"),
         help="cuda: with --results, or CPU figures are taken for done",
     )
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``finetune.learning_rate=0.002`` -> key and value (JSON; a bare word is a string)."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. finetune.learning_rate=0.002")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def parse_with_tuning(options_parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with the options of a benchmark whose trainings may be tuned: another fold, other values in the plans."""
+    add = options_parser.add_argument
+    add("--validation-fold", type=int, default=0, choices=range(5), help="0 for the claim, 1-4 for tuning")
+    add("--set", action="append", type=setting, default=[], metavar="KEY=VALUE",
+        help="value of the plans' umit block, e.g. finetune.learning_rate=0.002; for tuning, with --tag")  # fmt: skip
+    add("--tag", default="", help="kept in the key of the result, to tell tuning runs apart")
+    options = options_parser.parse_args(arguments)
+    if options.set and not options.tag:
+        options_parser.error("--set changes the plans' values: name the runs with --tag")
+    return options
+
+
+def tagged(options: argparse.Namespace) -> str:
+    """What a tag adds to the key of a run."""
+    return f"+{options.tag}" if options.tag else ""
 
 
 def budget(minutes: float | None, quick: bool, full: float) -> float:

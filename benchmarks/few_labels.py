@@ -13,31 +13,32 @@ from benchmarks.cases import few_cases, read_fold
 from benchmarks.common import Results, provenance, say, write_json
 from benchmarks.equal_time import CONFIGURATION, Bench, totals
 
-FOLD = 0
 PLANS = "UMITPlans"
 VALIDATED = 40  # cases at most
 
 
 class FewLabels:
-    """The trainings of one invocation, all on grouped fold 0 of their dataset.
+    """The trainings of one invocation, all on one grouped fold of their dataset.
 
     Args:
         name: of the benchmark: folder of its runs.
-        prefix: of the keys of its results.
+        budget: of its trainings, as the keys of its results have it, e.g. ``20min+5min``.
         settings: what its results depend on, beside the minutes of a training.
     """
 
     def __init__(
-        self, options: argparse.Namespace, results: Results, name: str, prefix: str, settings: Mapping[str, Any]
+        self, options: argparse.Namespace, results: Results, name: str, budget: str, settings: Mapping[str, Any]
     ) -> None:
-        self.options, self.results, self.name, self.prefix = options, results, name, prefix
+        self.options, self.results, self.name = options, results, name
+        self.fold = options.validation_fold
+        self.prefix = f"{'quick' if options.quick else 'full'}/fold{self.fold}/{budget}/"
         self.settings = {"quick": options.quick, "threads": options.threads, **settings}
         self.planned: set[str] = set()
 
     def bench(self, dataset: str, seed: int, minutes: float) -> Bench:
         """Folders and sub-processes for one training."""
         settings = self.settings | {"minutes": minutes}
-        bench = Bench(self.options, dataset=dataset, fold=FOLD, seed=seed, settings=settings, runs=self.name)
+        bench = Bench(self.options, dataset=dataset, fold=self.fold, seed=seed, settings=settings, runs=self.name)
         if dataset not in self.planned:
             bench.plan(PLANS, [CONFIGURATION])
             self.planned.add(dataset)
@@ -45,7 +46,7 @@ class FewLabels:
 
     def split(self, bench: Bench, labelled: int) -> dict[str, list[str]]:
         """Put the cases of the next training in place: the first ``labelled`` of the fold, or all (0)."""
-        split = read_fold(bench.data, bench.dataset, FOLD)
+        split = read_fold(bench.data, bench.dataset, self.fold)
         chosen = few_cases(split, labelled or len(split["train"]), VALIDATED)
         write_json(bench.base / "splits_final.json", [chosen])
         return chosen

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import DATASET, Results, budget, provenance, say, table, training_parser, verdict, work_folder
 from benchmarks.equal_time import alone_in, totals
-from benchmarks.few_labels import FOLD, PLANS, FewLabels, gathered, mean_and_seeds
+from benchmarks.few_labels import PLANS, FewLabels, gathered, mean_and_seeds
 
 CLAIM = "with 10 labelled hippocampi a pre-trained encoder is worth at least 3 Dice points, beyond the spread of seeds"
 MINUTES, FINETUNE_MINUTES = 60.0, 5.0
@@ -35,8 +35,7 @@ class Labels(FewLabels):
     """The trainings of one invocation."""
 
     def __init__(self, options: argparse.Namespace, results: Results, minutes: float, tuning: float) -> None:
-        prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min+{tuning:.3g}min/"
-        super().__init__(options, results, "label_efficiency", prefix, {})
+        super().__init__(options, results, "label_efficiency", f"{minutes:.3g}min+{tuning:.3g}min", {})
         self.minutes, self.tuning = minutes, tuning
         self.early = () if options.quick else EARLY
         self.kept: dict[float, str] = {}

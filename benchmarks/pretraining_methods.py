@@ -1,6 +1,7 @@
 """Scratch, masked autoencoder, soft tokens: what does pre-training buy at equal pre-training time?
 
-Each method has ``--minutes`` (20) of wall time on all training images of grouped fold 0, without labels; soft tokens
+Each method has ``--minutes`` (20) of wall time on all training images of grouped fold 0 (to tune: another
+``--validation-fold``, with ``--set`` and ``--tag``), without labels; soft tokens
 spend ``--tokenizer-share`` (0.4) of it on their tokenizer. Then UMITTrainer learns for ``--finetune-minutes`` (5):
 hippocampus and ACDC with ten labelled cases, hippocampus with all. One pre-training a method and data set, seed 1;
 fine-tunings with seeds 1 and 2. ``scratch+`` has the time of pre-training and fine-tuning together.
@@ -17,9 +18,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Results, budget, provenance, say, table, training_parser, work_folder
+from benchmarks.common import (
+    Results,
+    budget,
+    parse_with_tuning,
+    provenance,
+    say,
+    table,
+    tagged,
+    training_parser,
+    work_folder,
+)
 from benchmarks.equal_time import alone_in, totals
-from benchmarks.few_labels import FOLD, PLANS, FewLabels, gathered, mean_and_seeds
+from benchmarks.few_labels import PLANS, FewLabels, gathered, mean_and_seeds
 
 CLAIM = "what masked pre-training, of voxels or of soft tokens, adds to a short fine-tuning"
 MINUTES, FINETUNE_MINUTES = 20.0, 5.0
@@ -36,8 +47,8 @@ class Methods(FewLabels):
     """The trainings of one invocation."""
 
     def __init__(self, options: argparse.Namespace, results: Results, minutes: float, tuning: float) -> None:
-        prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min+{tuning:.3g}min/"
-        super().__init__(options, results, "pretraining_methods", prefix, {"share": options.tokenizer_share})
+        spent = f"{minutes:.3g}min+{tuning:.3g}min"
+        super().__init__(options, results, "pretraining_methods", spent, {"share": options.tokenizer_share})
         self.minutes, self.tuning = minutes, tuning
 
     def pretrain(self, dataset: str, method: str) -> str:
@@ -64,25 +75,26 @@ class Methods(FewLabels):
 
     def compare(self, dataset: str, labelled: int, seed: int, arm: str) -> None:
         """Fine-tune one arm if that is not done, after its pre-training."""
-        key = f"{self.prefix}{dataset}/{labelled or 'all'}/seed{seed}/{arm}"
+        key = f"{self.prefix}{dataset}/{labelled or 'all'}/seed{seed}/{arm}{tagged(self.options)}"
         if self.left(key):
             weights = self.checkpoint(dataset, arm) if arm in METHODS else None
             minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
-            self.finetune(key, dataset, labelled, seed, minutes, weights, arm=arm)
+            self.finetune(key, dataset, labelled, seed, minutes, weights, arm=arm, umit_values=dict(self.options.set))
 
     def checkpoint(self, dataset: str, method: str) -> str:
         """Final checkpoint of a pre-training."""
         bench = self.bench(dataset, 1, self.minutes)
         folder = bench.folder_of(self.pretrain(dataset, method))
-        return str(bench.model(folder, METHODS[method], PLANS) / f"fold_{FOLD}" / "checkpoint_final.pth")
+        return str(bench.model(folder, METHODS[method], PLANS) / f"fold_{self.fold}" / "checkpoint_final.pth")
 
 
 def report(runs: Mapping[str, Any], prefix: str) -> str:
-    """Mean Dice and the seeds, by task and arm."""
-    rows = []
-    for task, arms in gathered(runs, prefix).items():
-        rows.append([task, *(mean_and_seeds(arms.get(arm, [])) for arm in ARMS)])
-    return table(["data set / labelled cases", *ARMS], rows)
+    """Mean Dice and the seeds, by task and arm; arms with a tag come last."""
+    found = gathered(runs, prefix)
+    tuned = sorted({arm for arms in found.values() for arm in arms} - set(ARMS))
+    names = [*ARMS, *tuned]
+    rows = [[task, *(mean_and_seeds(arms.get(arm, [])) for arm in names)] for task, arms in found.items()]
+    return table(["data set / labelled cases", *names], rows)
 
 
 def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
@@ -123,7 +135,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: all)")
     numbers = sorted({int(dataset[7:10]) for dataset, _ in TASKS})
     add("--dataset", type=int, action="append", choices=numbers, help="this data set only (may be repeated)")
-    options = options_parser.parse_args(arguments)
+    options = parse_with_tuning(options_parser, arguments)
+    if any(not key.startswith("finetune.") for key, _ in options.set):
+        options_parser.error("--set takes finetune.* only: all fine-tunings of a method share its pre-training")
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     results = Results("pretraining_methods", CLAIM, options.results)
@@ -136,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
                 for arm in options.arm or ARMS:
                     methods.compare(dataset, labelled, seed, arm)
     picture = results.path.with_name(results.path.stem + ("_quick" if options.quick else "") + ".png")
-    plot(results.runs, methods.prefix, picture)
+    if methods.fold == 0:
+        plot(results.runs, methods.prefix, picture)
     say(report(results.runs, methods.prefix))
     say(
         f"{options.threads} cores; one pre-training a method and data set, {minutes:.3g} minutes, on the fold's images."

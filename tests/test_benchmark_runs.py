@@ -98,7 +98,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         (folder / "dataset.json").write_text("{}")
         split = {"train": [f"t{number}" for number in range(12)], "val": ["b", "a"]}
         (tmp_path / "data" / "splits").mkdir(exist_ok=True)
-        (tmp_path / "data" / "splits" / f"{dataset}.json").write_text(json.dumps([split]))
+        (tmp_path / "data" / "splits" / f"{dataset}.json").write_text(json.dumps([split, split]))
         label = np.broadcast_to(np.array([0, 1, 1, 2, 2], np.uint8), (4, 6, 5))
         for case in split["val"]:
             nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / "labelsTr" / f"{case}.nii.gz")
@@ -249,6 +249,25 @@ def test_every_method_pretrains_once_and_is_finetuned_with_every_seed(machine, c
     assert str(machine.root) not in (machine.root / "results" / "pretraining_methods.json").read_text()
     assert (machine.root / "results" / "pretraining_methods.png").stat().st_size > 0
     assert "Dataset027_ACDC/10" in capsys.readouterr().out
+
+
+def test_finetunings_are_tuned_on_another_fold_from_one_pretraining(machine, capsys):
+    machine.answer = lambda bench, command, folder: None
+    tuned = ("--dataset", "27", "--arm", "mae", "--seed", "1", "--validation-fold", "1")
+    machine.main(pretraining_methods, *tuned)
+    machine.main(pretraining_methods, *tuned, "--set", "finetune.layer_decay=0.75", "--tag", "decay75")
+    assert [each[3] for each in machine.trained] == ["UMITPretrainTrainer", "UMITTrainer", "UMITTrainer"]
+    assert machine.weights[1] == machine.weights[2] and machine.weights[1] is not None
+    prefix = "full/fold1/20min+5min/Dataset027_ACDC/"
+    runs = machine.runs("pretraining_methods")
+    assert set(runs) == {f"{prefix}mae", f"{prefix}10/seed1/mae", f"{prefix}10/seed1/mae+decay75"}
+    assert runs[f"{prefix}10/seed1/mae+decay75"]["umit_values"] == {"finetune.layer_decay": 0.75}
+    assert "mae+decay75" in capsys.readouterr().out
+    assert not (machine.root / "results" / "pretraining_methods.png").exists(), "the picture is of fold 0"
+    for refused, why in (("pretrain.mask_ratio=0.5", "finetune.* only"), ("finetune.layer_decay=1", "--tag")):
+        with pytest.raises(SystemExit):
+            machine.main(pretraining_methods, "--set", refused, *(["--tag", "x"] if "pretrain" in refused else []))
+        assert why in capsys.readouterr().err
 
 
 def test_accuracy_gives_umit_three_seeds_and_every_other_arm_one(machine, capsys):

@@ -234,10 +234,10 @@ def test_plans_are_copied_under_another_name_and_edited(tmp_path):
 
 
 def test_settings_of_the_command_line():
-    assert accuracy.setting("finetune.epochs=7") == ("finetune.epochs", 7)
-    assert accuracy.setting("finetune.schedule=poly") == ("finetune.schedule", "poly")
+    assert common.setting("finetune.epochs=7") == ("finetune.epochs", 7)
+    assert common.setting("finetune.schedule=poly") == ("finetune.schedule", "poly")
     with pytest.raises(argparse.ArgumentTypeError, match="is not KEY=VALUE"):
-        accuracy.setting("finetune.epochs")
+        common.setting("finetune.epochs")
 
 
 def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, capsys):
@@ -321,10 +321,11 @@ def bench_of(work: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> eq
 
 def test_planning_is_done_for_what_is_missing(tmp_path, monkeypatch):
     bench = bench_of(tmp_path, monkeypatch)
+    bench.options.threads = 3
     calls: list[list[str]] = []
     monkeypatch.setattr(bench, "call", lambda command, folder: calls.append(command[1:]))
     bench.plan("nnUNetPlans", ["3d_fullres"])
-    planned = ["-d", "4", "-pl", "ExperimentPlanner", "-c", "3d_fullres", "-np", "2", "-npfp", "2"]
+    planned = ["-d", "4", "-pl", "ExperimentPlanner", "-c", "3d_fullres", "-np", "3", "-npfp", "3"]
     assert calls == [planned]
 
     configurations = {name: {"data_identifier": f"UMITPlans_{name}"} for name in ("3d_fullres", "3d_native")}

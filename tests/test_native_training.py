@@ -57,6 +57,17 @@ def case_folder(nnunet_env: Any) -> Path:
     return nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_native"
 
 
+def test_native_images_are_not_compiled(native: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_compile", "t")
+    for trainer_class in (UMITTrainer, UMITPretrainTrainer):
+        told = tiny.make_trainer(trainer_class, native())
+        resampled = tiny.make_trainer(trainer_class, tiny.make_plans())
+        for trainer in (told, resampled):
+            trainer.device = torch.device("cuda")  # on a CPU, nnU-Net never compiles
+        assert resampled._do_i_compile() and not told._do_i_compile()
+        assert "every image of 3d_native has its own spacing" in tiny.log_of(told)
+
+
 class Nothing(Augmentation):
     """Crops as they are."""
 

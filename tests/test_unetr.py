@@ -71,6 +71,25 @@ def test_samples_are_independent_and_the_state_round_trips() -> None:
     torch.testing.assert_close(other(one), net(one))
 
 
+@pytest.mark.parametrize(("spacing", "size"), SPACINGS[1:])
+def test_it_compiles_into_one_graph_that_holds_the_positions(spacing: tuple[float, ...], size: tuple[int, ...]) -> None:
+    """Traced as torch.compile traces it, but run as it is: no compiler is needed."""
+    net, image, graphs = build(spacing), torch.randn(1, 1, *size), []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend=keep)
+    torch.testing.assert_close(compiled(image), net(image))
+    assert len(graphs) == 1
+    assert not [node for node in graphs[0].graph.nodes if "cos" in str(node.target)]  # else in every step, on the CPU
+    net.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(image), net(image))
+
+
 def test_plans_find_the_class_and_survive_json() -> None:
     found = pydoc.locate("nnunet_umit.architectures.unetr.UMITSegmenter")
     assert found is UMITSegmenter

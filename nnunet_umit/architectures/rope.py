@@ -18,8 +18,9 @@ import functools
 import torch
 from torch import Tensor
 
-from nnunet_umit.spacing import NATURAL, TokenGrid
+from nnunet_umit.spacing import NATURAL, Size3, TokenGrid
 
+Steps = tuple[tuple[float, float, float], ...]
 PLANE_BASE = 10000.0
 DEPTH_BASE = 2333.0
 
@@ -48,9 +49,28 @@ def token_positions(grid: TokenGrid) -> Tensor:
     return torch.stack([(index * torch.tensor(steps, dtype=torch.float64))[:, along] for steps in grid.steps])
 
 
-@functools.lru_cache(maxsize=64)
 def rotary_table(grid: TokenGrid, head_dim: int, device: torch.device) -> Tensor:
-    """Cosine and sine for every token of a grid: (2, S, L, head_dim / 2) float32, S samples or 1 for all."""
+    """Cosine and sine for every token of a grid: (2, S, L, head_dim / 2) float32, S samples or 1 for all.
+
+    Remembered: the images of a training share a few grids.
+    """
+    return _constant_table(grid.shape, grid.steps, grid.order, head_dim, device)
+
+
+def forget_tables() -> None:
+    """Drop the remembered tables."""
+    _table.cache_clear()
+
+
+@torch.compiler.assume_constant_result
+def _constant_table(shape: Size3, steps: Steps, order: Size3, head_dim: int, device: torch.device) -> Tensor:
+    """Compiled code holds the table instead of computing it in every step; for that, arguments are plain values."""
+    return _table(shape, steps, order, head_dim, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(shape: Size3, steps: Steps, order: Size3, head_dim: int, device: torch.device) -> Tensor:
+    grid = TokenGrid(shape, (1, 1, 1), steps, order)
     with torch.inference_mode(False), torch.no_grad():
         angles = torch.stack([rotary_angles(places, head_dim) for places in token_positions(grid)])
         return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=torch.float32)

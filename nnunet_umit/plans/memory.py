@@ -130,13 +130,13 @@ def without_data(precision: str) -> Iterator[None]:
         with torch.device("meta"):
             yield
         return
-    from nnunet_umit.architectures.rope import rotary_table
+    from nnunet_umit.architectures.rope import forget_tables
 
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        rotary_table.cache_clear()  # it remembers tables by device, and these are fake
+        forget_tables()  # they are remembered by device, and these are fake
 
 
 def saved_tensors(network: nn.Module, image_BCDHW: Tensor, precision: str = "full") -> SavedTensors:

@@ -116,6 +116,16 @@ class UMITBaseTrainer(LoadingTrainer):
         with wrapping_on(self.device):
             super().initialize()
 
+    def _do_i_compile(self) -> bool:
+        """As nnU-Net decides, but never for native images: their spacing is a constant of compiled code, which would be
+        compiled again for nearly every batch, until torch gives up."""
+        if not self.native:
+            compiled: bool = super()._do_i_compile()
+            return compiled
+        if os.environ.get("nnUNet_compile", "f").lower() in ("true", "1", "t"):
+            self.print_to_log_file("INFO: torch.compile disabled because every image of 3d_native has its own spacing")
+        return False
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
         """AdamW with one group for each layer, and a schedule that keeps their ratio."""
         config = self.config
