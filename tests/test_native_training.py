@@ -59,8 +59,9 @@ def case_folder(nnunet_env: Any) -> Path:
 
 def test_native_images_are_not_compiled(native: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_compile", "t")
+    plans = native()
     for trainer_class in (UMITTrainer, UMITPretrainTrainer):
-        told = tiny.make_trainer(trainer_class, native())
+        told = tiny.make_trainer(trainer_class, plans)
         resampled = tiny.make_trainer(trainer_class, tiny.make_plans())
         for trainer in (told, resampled):
             trainer.device = torch.device("cuda")  # on a CPU, nnU-Net never compiles
