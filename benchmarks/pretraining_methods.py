@@ -94,7 +94,26 @@ def report(runs: Mapping[str, Any], prefix: str) -> str:
     tuned = sorted({arm for arms in found.values() for arm in arms} - set(ARMS))
     names = [*ARMS, *tuned]
     rows = [[task, *(mean_and_seeds(arms.get(arm, [])) for arm in names)] for task, arms in found.items()]
-    return table(["data set / labelled cases", *names], rows)
+    return "\n\n".join([table(["data set / labelled cases", *names], rows), learned(runs, prefix)]).strip()
+
+
+def learned(runs: Mapping[str, Any], prefix: str) -> str:
+    """What the pre-trainings know of unseen images; nothing where none is stored."""
+    rows = []
+    for key, run in sorted(runs.items()):
+        if not key.startswith(prefix) or "method" not in run:
+            continue
+        pooled: dict[str, float] = {}
+        for stage in run["stages"]:
+            pooled |= stage.get("figures", {}).get("pooled", {})
+        shares = ("variance_explained", "information_explained")
+        shown = [None if name not in pooled else f"{100 * pooled[name]:.1f} %" for name in shares]
+        losses = [pooled.get(name) for name in ("masked_loss", "interpolation_loss", "psnr", "perplexity")]
+        steps = " + ".join(str(stage["iterations"]) for stage in run["stages"])
+        numbers = [None if value is None else f"{value:.3f}" for value in losses]
+        rows.append([run["dataset"], run["method"], steps, *numbers[:2], shown[0], *numbers[2:], shown[1]])
+    heads = ["pre-training", "method", "steps", "masked loss", "of interpolation", "variance explained"]
+    return table([*heads, "PSNR dB", "perplexity", "information explained"], rows) if rows else ""
 
 
 def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
