@@ -49,11 +49,14 @@ CASES = [
 
 
 @pytest.fixture
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products in float32, not in TF32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact_products() -> Iterator[None]:
+    """Products and convolutions in float32, not in TF32."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     yield
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def arch(spacing: tuple[float, ...]) -> dict[str, Any]:
@@ -98,8 +101,9 @@ def masked_loss(forward: Callable[..., Any], image: Tensor) -> Tensor:
     return loss
 
 
-def plain_loss(forward: Callable[..., Any], image: Tensor) -> Tensor:
-    loss: Tensor = forward(image).loss
+def tokenizer_loss(forward: Callable[..., Any], image: Tensor) -> Tensor:
+    output = forward(image)
+    loss: Tensor = output.local + output.pooled
     return loss
 
 
@@ -107,14 +111,14 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "segmenter": (segmenter, segmentation_loss),
     "masked autoencoder": (autoencoder, masked_loss),
     "soft-token model": (soft_token_model, masked_loss),
-    "tokenizer": (tokenizer, plain_loss),
+    "tokenizer": (tokenizer, tokenizer_loss),
 }
 
 
 def learn(network: nn.Module, loss: Callable[..., Tensor], image: Tensor, forward: Any = None) -> tuple[float, Any]:
     """Loss, and the gradient of every parameter on the CPU."""
     network.zero_grad()
-    value = loss(forward or network, image)
+    value = loss(network if forward is None else forward, image)
     value.backward()
     found = {name: each.grad.float().cpu() for name, each in network.named_parameters() if each.grad is not None}
     return float(value.detach()), found
