@@ -32,7 +32,8 @@ def report(run: Mapping[str, Any]) -> str:
     """A sentence and the times."""
     scratch, pretrained = (run["dice"][arm]["mean"] for arm in ("from scratch", "pre-trained"))
     steps = run["steps"]
-    order = "behind" if pretrained < scratch else "ahead of"
+    level = f"{pretrained:.3f}" == f"{scratch:.3f}"
+    order = "level with" if level else "behind" if pretrained < scratch else "ahead of"
     sentence = (
         f"With {steps['finetune_steps']} steps on four labelled cases and {steps['pretrain_steps']} steps of "
         f"pre-training, the pre-trained arm ended {order} the one from scratch: mean Dice {pretrained:.3f} against "

@@ -147,6 +147,8 @@ def test_the_demo_says_which_arm_is_ahead():
     assert "ended behind the one from scratch: mean Dice 0.600 against 0.700" in demo.report(run)
     dice["pre-trained"]["mean"] = 0.8
     assert "ended ahead of the one" in demo.report(run) and "5.5 minutes" in demo.report(run)
+    dice["pre-trained"]["mean"] = 0.7001
+    assert "ended level with the one" in demo.report(run)
 
 
 # ----------------------------------------------------------------------------------------------------- scaling
