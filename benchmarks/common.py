@@ -54,6 +54,15 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def process_counts(threads: int) -> dict[str, str]:
+    """nnU-Net's environment for so many threads: half as many processes load data."""
+    return {
+        "nnUNet_n_proc_DA": str(max(1, threads // 2)),
+        "nnUNet_def_n_proc": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

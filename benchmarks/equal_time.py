@@ -24,6 +24,7 @@ from benchmarks.common import (
     REPOSITORY,
     available_cores,
     data_root,
+    process_counts,
     say,
     work_folder,
     write_json,
@@ -136,9 +137,7 @@ class Bench:
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.work / "nnUNet_preprocessed"),
             "nnUNet_results": str(results),
-            "nnUNet_n_proc_DA": str(max(1, self.options.threads // 2)),
-            "nnUNet_def_n_proc": str(self.options.threads),
-            "OMP_NUM_THREADS": str(self.options.threads),
+            **process_counts(self.options.threads),
             "PYTHONPATH": path,
         }
 

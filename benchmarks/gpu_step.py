@@ -45,6 +45,11 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
+def name_of(device: torch.device) -> str:
+    """Of the card, or ``cpu``."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
 def plain_conv_unet(patch: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
     """The PlainConvUNet that nnU-Net's planner lays out for a patch, in the form of its plans."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
@@ -125,14 +130,13 @@ def peak_of(arm: str, case: str, device: torch.device) -> tuple[int | None, int,
 
 def measure(case: str, arms: Sequence[str], device: torch.device, repeats: int, steps: int) -> dict[str, Any]:
     """All arms of a case."""
-    from nnunet_umit.plans.memory import CONTEXT_BYTES, predict_training_memory
+    from nnunet_umit.plans.memory import CONTEXT_BYTES
 
     size, patch, spacing, token, batch = arithmetic.CASES[case]
-    arch = arithmetic.arch_kwargs(size, spacing, token)
-    planned = predict_training_memory(arch, patch, 1, arithmetic.CLASSES).total(batch) - CONTEXT_BYTES
     operations = arithmetic.operations(size, patch, spacing, token)
+    planned = operations["constant_bytes"] + batch * operations["sample_bytes"] - CONTEXT_BYTES
     content: dict[str, Any] = {"batch_size": batch, "patch_size": list(patch), "tokens": operations["tokens"]}
-    content |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "steps": steps}
+    content |= {"device": name_of(device), "steps": steps}
     content |= {"planned_bytes": planned, "arms": {}, **provenance(["triton"])}
     calls: dict[str, Callable[[], None]] = {}
     for arm in arms:
@@ -183,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_torch(options)
     device = device_named(options.device)
     results, mode = Results("gpu_step", CLAIM, options.results), "quick" if options.quick else "full"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    name = name_of(device)
     repeats, steps = options.repeats or (2 if options.quick else 15), options.steps or (1 if options.quick else 10)
     arms = options.arm or [arm for arm in ARMS if not (options.quick and arm.endswith(COMPILED))]
     for case in options.case or list(arithmetic.CASES)[: 1 if options.quick else None]:

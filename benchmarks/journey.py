@@ -34,6 +34,7 @@ from benchmarks.common import (
     add_place,
     data_root,
     parser,
+    process_counts,
     provenance,
     say,
     table,
@@ -81,9 +82,7 @@ class Journey:
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.work / results),
             "nnUNet_extTrainer": str(self.shim),
-            "nnUNet_n_proc_DA": str(max(1, self.threads // 2)),
-            "nnUNet_def_n_proc": str(self.threads),
-            "OMP_NUM_THREADS": str(self.threads),
+            **process_counts(self.threads),
         }
 
     def run(self, key: str, *words: str | Path, results: str = "results", again: bool = False) -> None:

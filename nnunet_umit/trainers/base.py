@@ -122,7 +122,7 @@ class UMITBaseTrainer(LoadingTrainer):
         if not self.native:
             compiled: bool = super()._do_i_compile()
             return compiled
-        if os.environ.get("nnUNet_compile", "f").lower() in ("true", "1", "t"):
+        if compile_requested():
             self.print_to_log_file("INFO: torch.compile disabled because every image of 3d_native has its own spacing")
         return False
 
@@ -311,6 +311,11 @@ class UMITBaseTrainer(LoadingTrainer):
         if self.local_rank == 0:
             self.draw()
         self.current_epoch = done
+
+
+def compile_requested() -> bool:
+    """Whether ``nnUNet_compile`` asks for torch.compile; unset, it does not."""
+    return os.environ.get("nnUNet_compile", "f").lower() in ("true", "1", "t")
 
 
 def finite_mean(values: Sequence[float]) -> float:

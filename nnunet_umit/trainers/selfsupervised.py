@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from nnunet_umit.config import PretrainConfig, TokenizerConfig
 from nnunet_umit.plans.corpus import Corpus
 from nnunet_umit.plans.native import crop_shape
 from nnunet_umit.spacing import Anisotropy
-from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
+from nnunet_umit.trainers.base import UMITBaseTrainer, compile_requested, finite_mean
 from nnunet_umit.trainers.batches import derive_seed
 from nnunet_umit.trainers.corpus import CorpusDataset, corpus_table
 from nnunet_umit.trainers.patches import CaseTable, read_crop
@@ -92,8 +91,7 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
 
     def _do_i_compile(self) -> bool:
         """Only on request (``nnUNet_compile=t``): compiling takes longer than it saves in short pre-trainings."""
-        wanted = os.environ.get("nnUNet_compile", "f").lower() in ("true", "1", "t")
-        return wanted and super()._do_i_compile()
+        return compile_requested() and super()._do_i_compile()
 
     def _build_loss(self) -> nn.Module:
         """The network computes its own loss."""
