@@ -5,6 +5,7 @@
 Without ``torchrun`` it is ``nnUNetv2_train``. GPUs talk over nccl, CPUs over gloo.
 """
 
+import gc
 import os
 import sys
 from typing import Annotated
@@ -40,4 +41,7 @@ def train(
     try:
         run_training_entry()
     finally:
+        # The trainer sits in reference cycles and holds the group through DDP's wrapper. A group that outlives this
+        # keeps its threads (gloo), and one that needs the interpreter while that shuts down aborts the process.
+        gc.collect()
         distributed.destroy_process_group()
