@@ -1,8 +1,8 @@
 """Scratch, masked autoencoder, soft tokens: what does pre-training buy at equal pre-training time?
 
 Each method has ``--minutes`` (20) of wall time on all training images of grouped fold 0 (to tune: another
-``--validation-fold``, with ``--set`` and ``--tag``), without labels; soft tokens
-spend ``--tokenizer-share`` (0.4) of it on their tokenizer. Then UMITTrainer learns for ``--finetune-minutes`` (5):
+``--validation-fold``, with ``--set`` and ``--tag``), without labels; soft tokens spend ``--tokenizer-share`` (0.4) of
+it on their tokenizer. Then UMITTrainer learns for ``--finetune-minutes`` (5):
 hippocampus and ACDC with ten labelled cases, hippocampus with all. One pre-training a method and data set, seed 1;
 fine-tunings with seeds 1 and 2. ``scratch+`` has the time of pre-training and fine-tuning together.
 
@@ -144,6 +144,14 @@ def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
     pyplot.close(figure)
 
 
+def asked(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """The data sets and numbers of labelled cases that the command line asks for."""
+    tasks = [task for task in TASKS if int(task[0][7:10]) in (options.dataset or [int(task[0][7:10])])]
+    if options.labelled is not None:
+        tasks = [(dataset, options.labelled) for dataset in dict.fromkeys(dataset for dataset, _ in tasks)]
+    return tasks[:1] if options.quick else tasks
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run what is not done yet, then print the table of all and draw the picture."""
     options_parser = training_parser(__doc__, MINUTES)
@@ -154,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: all)")
     numbers = sorted({int(dataset[7:10]) for dataset, _ in TASKS})
     add("--dataset", type=int, action="append", choices=numbers, help="this data set only (may be repeated)")
+    add("--labelled", type=int, metavar="N", help="fine-tune with this many labelled cases only (default: see above)")
     options = parse_with_tuning(options_parser, arguments)
     if any(not key.startswith("finetune.") for key, _ in options.set):
         options_parser.error("--set takes finetune.* only: all fine-tunings of a method share its pre-training")
@@ -162,9 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results("pretraining_methods", CLAIM, options.results)
     methods = Methods(options, results, minutes, tuning)
     with alone_in(work_folder(options.work)):
-        for dataset, labelled in TASKS[:1] if options.quick else TASKS:
-            if int(dataset[7:10]) not in (options.dataset or numbers):
-                continue
+        for dataset, labelled in asked(options):
             for seed in options.seed or ([1] if options.quick else [1, 2]):
                 for arm in options.arm or ARMS:
                     methods.compare(dataset, labelled, seed, arm)

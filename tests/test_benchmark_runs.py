@@ -261,6 +261,9 @@ def test_finetunings_are_tuned_on_another_fold_from_one_pretraining(machine, cap
     prefix = "full/fold1/20min+5min/Dataset027_ACDC/"
     runs = machine.runs("pretraining_methods")
     assert set(runs) == {f"{prefix}mae", f"{prefix}10/seed1/mae", f"{prefix}10/seed1/mae+decay75"}
+    machine.main(pretraining_methods, *tuned, "--labelled", "5")
+    runs = machine.runs("pretraining_methods")
+    assert len(machine.trained) == 4 and runs[f"{prefix}5/seed1/mae"]["labelled"] == 5
     assert runs[f"{prefix}10/seed1/mae+decay75"]["umit_values"] == {"finetune.layer_decay": 0.75}
     assert "mae+decay75" in capsys.readouterr().out
     assert not (machine.root / "results" / "pretraining_methods.png").exists(), "the picture is of fold 0"
