@@ -54,6 +54,10 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+# pip compiles what it installs; where a checkout is imported instead, its modules are compiled once, not at every start
+WITH_BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
+
+
 def process_counts(threads: int) -> dict[str, str]:
     """nnU-Net's environment for so many threads: half as many processes load data."""
     return {

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.common import (
     DATASET,
     REPOSITORY,
+    WITH_BYTECODE,
     available_cores,
     data_root,
     process_counts,
@@ -139,6 +140,7 @@ class Bench:
             "nnUNet_results": str(results),
             **process_counts(self.options.threads),
             "PYTHONPATH": path,
+            **WITH_BYTECODE,
         }
 
     def call(self, command: list[str], folder: Path, accepted: Sequence[int] = (0,)) -> int:

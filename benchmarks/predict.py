@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from typing import Any
 
 from benchmarks.accuracy import STOCK
 from benchmarks.cases import few_cases, link_images, read_fold
-from benchmarks.common import DATASET, Results, add_place, parser, provenance, say, table, verdict
+from benchmarks.common import DATASET, WITH_BYTECODE, Results, add_place, parser, provenance, say, table, verdict
 from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, plans_copy
 from benchmarks.prediction import arguments_of, timed_command
 from benchmarks.timed_predict import PARTS
@@ -149,16 +150,18 @@ def starts(repeats: int) -> dict[str, Any]:
         "import time; began = time.perf_counter(); import nnunet_umit.registration as r; r.install(); "
         "print(time.perf_counter() - began)"
     )
-    for _ in range(repeats):
+    environment = os.environ | WITH_BYTECODE
+    for repeat in range(-1, repeats):  # the first turn compiles, and does not count
         for name, words in STARTS.items():
             began = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True)
-            found[name].append(time.perf_counter() - began)
+            subprocess.run([sys.executable, *words], check=True, env=environment)
+            taken = time.perf_counter() - began
+            found[name] += [taken] if repeat >= 0 else []
         # -S: no hook ran before, so that its import and its call are timed here
         path = [str(Path(sys.modules["benchmarks"].__path__[0]).parent)]
         command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {path!r}; {inside}"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found["hook alone"].append(float(done.stdout))
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found["hook alone"] += [float(done.stdout)] if repeat >= 0 else []
     return {
         "repeats": repeats,
         "ms": {name: spread([1000 * each for each in values]) for name, values in found.items()},

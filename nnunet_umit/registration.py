@@ -59,6 +59,8 @@ REGISTRY = {
 # What nnU-Net's predictor gets in place of a trainer: the network of a plan, without all that training imports.
 PREDICTION = {"UMITTrainer": ("nnunet_umit.plans.network", "PlannedSegmenter")}
 
+PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
+
 _ROOMS = {  # what nnU-Net calls the thing, and the option that names it on the command line
     TRAINERS: ("trainer", "-tr"),
     PLANNERS: ("planner", "-pl"),
@@ -135,6 +137,8 @@ class _Finder:
         if key in self._busy:
             return None
         self._busy.add(key)
+        if fullname == PREDICTOR:
+            _prepare_prediction()
         try:
             for finder in list(sys.meta_path):
                 find_spec = None if finder is self else getattr(finder, "find_spec", None)
@@ -205,12 +209,23 @@ def _patch_prediction(module: "ModuleType") -> None:
     _wrap(module, "recursive_find_trainer_class_by_name", _find_for_prediction, everywhere=False)
 
 
+def _prepare_prediction() -> None:
+    """Before nnU-Net's predictor is imported: start what the workers of a UMIT prediction will come from."""
+    try:
+        if any("UMIT" in word for word in sys.argv[1:]):
+            from nnunet_umit.workers import start_for_prediction
+
+            start_for_prediction(sys.argv)
+    except Exception as error:
+        _complain("starting the workers' server early", error)
+
+
 _PATCHES = {
     "nnunetv2.utilities.find_class_by_name": _patch_lookup,
     "nnunetv2.run.load_pretrained_weights": _patch_pretrained,
     "nnunetv2.run.run_training": _patch_training,
     "nnunetv2.evaluation.find_best_configuration": _patch_comparison,
-    "nnunetv2.inference.predict_from_raw_data": _patch_prediction,
+    PREDICTOR: _patch_prediction,
 }
 
 

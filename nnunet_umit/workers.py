@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 STARTING = (  # modules of nnU-Net that start workers
@@ -30,6 +31,9 @@ IMPORTED = (  # what the commands import, and so every worker of theirs
 )
 
 
+EARLY = ("nnunetv2.inference.predict_from_raw_data", "nnunet_umit.plans.preprocessor")  # what prediction imports
+
+
 class ForkingMultiprocessing:
     """The module :mod:`multiprocessing`, with a fork server where spawned processes are asked for."""
 
@@ -40,13 +44,36 @@ class ForkingMultiprocessing:
         """As :func:`multiprocessing.get_context`, but for ``"spawn"``; a server starts with its first worker."""
         if method != "spawn":
             return multiprocessing.get_context(method)
-        multiprocessing.set_forkserver_preload([name for name in IMPORTED if name in sys.modules])
-        try:
-            forkserver.ensure_running()
-        except OSError as error:  # no sockets or processes to be had; nnU-Net's own way may still work, or says more
-            print(f"nnunet-umit: no fork server ({error}); nnU-Net's workers start more slowly", file=sys.stderr)
-            return multiprocessing.get_context(method)
-        return multiprocessing.get_context("forkserver")
+        started = start_server([name for name in IMPORTED if name in sys.modules])
+        return multiprocessing.get_context("forkserver" if started else method)
+
+
+def start_server(imports: list[str]) -> bool:
+    """Have a fork server that imports these modules, unless there is one; whether there is one now."""
+    multiprocessing.set_forkserver_preload(imports)
+    try:
+        forkserver.ensure_running()
+    except OSError as error:  # no sockets or processes to be had; nnU-Net's own way may still work, or says more
+        print(f"nnunet-umit: no fork server ({error}); nnU-Net's workers start more slowly", file=sys.stderr)
+        return False
+    return True
+
+
+def start_for_prediction(command: list[str]) -> bool:
+    """Start the fork server while this process still imports nnU-Net, not after it: seconds, on two cores.
+
+    Args:
+        command: ``sys.argv``. Only stock prediction with a UMIT model gets one, and only if it uses workers.
+
+    Returns:
+        Whether a server was started.
+    """
+    program, *words = command
+    is_ours = Path(program).name.startswith("nnUNetv2_predict") and any("UMITTrainer" in word for word in words)
+    alone = ("-npp", "0") in zip(words, words[1:], strict=False)
+    # a spawned process has its parent's command, and is not known for a child yet while it imports
+    is_main = multiprocessing.current_process().name == "MainProcess"
+    return is_ours and not alone and is_main and sys.platform == "linux" and start_server(list(EARLY))
 
 
 def use_fork_server() -> bool:

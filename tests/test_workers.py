@@ -8,6 +8,7 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+import nnunetv2.inference
 import pytest
 from nnunetv2.inference import data_iterators, predict_from_raw_data
 
@@ -75,3 +76,52 @@ def test_prediction_with_our_networks_uses_it_on_linux(
         for module in (predict_from_raw_data, data_iterators)
     ]
     assert forking == [trainer == "UMITTrainer" and platform == "linux"] * 2
+
+
+PREDICT = ["/bin/nnUNetv2_predict", "-d", "4", "-tr", "UMITTrainer"]
+FOLDER = ["/bin/nnUNetv2_predict_from_modelfolder", "-m", "/results/UMITTrainer__UMITPlans__2d"]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (PREDICT, True),
+        (FOLDER, True),
+        ([*PREDICT, "-npp", "2"], True),
+        ([*PREDICT, "-npp", "0", "-nps", "0"], False),  # no workers
+        (["/bin/nnUNetv2_predict", "-d", "4", "-tr", "nnUNetTrainer"], False),
+        (["/bin/nnUNetv2_train", "4", "2d", "0", "-tr", "UMITTrainer"], False),  # imports the predictor as well
+    ],
+)
+def test_the_server_starts_before_a_prediction_with_our_networks_only(
+    monkeypatch: pytest.MonkeyPatch, command: list[str], expected: bool
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(workers, "start_server", lambda imports: not started.append(imports))
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.delitem(sys.modules, registration.PREDICTOR)
+    found = registration._Finder("test").find_spec(registration.PREDICTOR, list(nnunetv2.inference.__path__))
+    assert found is not None and bool(started) is expected
+    if expected:
+        assert set(started[0]) <= set(workers.IMPORTED), "what the server of a late start imports, too"
+
+
+@linux
+def test_a_spawned_worker_starts_no_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "start_server", lambda imports: True)
+    assert workers.start_for_prediction(PREDICT)
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "SpawnProcess-1")
+    assert not workers.start_for_prediction(PREDICT)
+
+
+def test_a_server_that_cannot_start_stops_no_prediction(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(command: list[str]) -> bool:
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(workers, "start_for_prediction", fail)
+    monkeypatch.setattr(sys, "argv", PREDICT)
+    registration._prepare_prediction()
+    assert "starting the workers' server early failed (ValueError: no luck)" in capsys.readouterr().err
