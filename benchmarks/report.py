@@ -225,6 +225,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "accuracy_acdc": lambda: _accuracy("acdc"),
     "label_efficiency": lambda: _with_runs("label_efficiency", label_efficiency, "full/fold0/60min+5min/"),
     "pretraining_methods": lambda: _with_runs("pretraining_methods", pretraining_methods, METHODS),
+    "pretraining_tuning": lambda: pretraining_methods.report(runs_of("pretraining_methods"), "full/fold1/12min+5min/"),
     "native_spacing": lambda: _with_runs("native_spacing", native_spacing, "full/fold0/15min/"),
     "spacing_robustness": _robustness,
     "corpus_transfer": _corpus,
