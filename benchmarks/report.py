@@ -60,9 +60,7 @@ def headline() -> str:
 def _accuracy_rows() -> list[tuple[str, str, str]]:
     names = {
         "umit_scratch": "UMIT from scratch",
-        "umit_scratch+all_axes": "UMIT from scratch, mirroring all axes as nnU-Net does",
         "umit_shared": "UMIT, 30 % of the time for masked pre-training, then fine-tuning",
-        "umit_shared+all_axes": "UMIT, 30 % of the time for masked pre-training, mirroring all axes",
         "primus_s": "stock `nnUNet_Primus_S_Trainer`",
         "resenc_m": "stock `nnUNetTrainer` on its residual plans, size M",
         "nnunet": "stock `nnUNetTrainer` on nnU-Net's default plans",
