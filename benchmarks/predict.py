@@ -151,20 +151,19 @@ def starts(repeats: int) -> dict[str, Any]:
         "print(time.perf_counter() - began)"
     )
     environment = os.environ | WITH_BYTECODE
-    for repeat in range(-1, repeats):  # the first turn compiles, and does not count
+    for _ in range(repeats + 1):  # the first turn compiles, and does not count
         for name, words in STARTS.items():
             began = time.perf_counter()
             subprocess.run([sys.executable, *words], check=True, env=environment)
-            taken = time.perf_counter() - began
-            found[name] += [taken] if repeat >= 0 else []
+            found[name].append(time.perf_counter() - began)
         # -S: no hook ran before, so that its import and its call are timed here; os is what every start has imported
         path = [str(Path(sys.modules["benchmarks"].__path__[0]).parent)]
         command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {path!r}; {inside}"]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        found["hook alone"] += [float(done.stdout)] if repeat >= 0 else []
+        found["hook alone"].append(float(done.stdout))
     return {
         "repeats": repeats,
-        "ms": {name: spread([1000 * each for each in values]) for name, values in found.items()},
+        "ms": {name: spread([1000 * each for each in values[1:]]) for name, values in found.items()},
     }
 
 

@@ -146,7 +146,7 @@ def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> None:
 
 def asked(options: argparse.Namespace) -> list[tuple[str, int]]:
     """The data sets and numbers of labelled cases that the command line asks for."""
-    tasks = [task for task in TASKS if int(task[0][7:10]) in (options.dataset or [int(task[0][7:10])])]
+    tasks = [task for task in TASKS if not options.dataset or int(task[0][7:10]) in options.dataset]
     if options.labelled is not None:
         tasks = [(dataset, options.labelled) for dataset in dict.fromkeys(dataset for dataset, _ in tasks)]
     return tasks[:1] if options.quick else tasks
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: all)")
     numbers = sorted({int(dataset[7:10]) for dataset, _ in TASKS})
     add("--dataset", type=int, action="append", choices=numbers, help="this data set only (may be repeated)")
-    add("--labelled", type=int, metavar="N", help="fine-tune with this many labelled cases only (default: see above)")
+    add("--labelled", type=int, metavar="N", help="fine-tune with N labelled cases only, 0: all (default: see above)")
     options = parse_with_tuning(options_parser, arguments)
     if any(not key.startswith("finetune.") for key, _ in options.set):
         options_parser.error("--set takes finetune.* only: all fine-tunings of a method share its pre-training")

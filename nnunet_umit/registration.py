@@ -137,9 +137,9 @@ class _Finder:
         if key in self._busy:
             return None
         self._busy.add(key)
-        if fullname == PREDICTOR:
-            _prepare_prediction()
         try:
+            if fullname == PREDICTOR:
+                _prepare_prediction()
             for finder in list(sys.meta_path):
                 find_spec = None if finder is self else getattr(finder, "find_spec", None)
                 spec: ModuleSpec | None = None if find_spec is None else find_spec(fullname, path, target)
@@ -212,7 +212,7 @@ def _patch_prediction(module: "ModuleType") -> None:
 def _prepare_prediction() -> None:
     """Before nnU-Net's predictor is imported: start what the workers of a UMIT prediction will come from."""
     try:
-        if any("UMIT" in word for word in sys.argv[1:]):
+        if any(trainer in word for trainer in PREDICTION for word in sys.argv[1:]):
             from nnunet_umit.workers import start_for_prediction
 
             start_for_prediction(sys.argv)

@@ -29,8 +29,6 @@ IMPORTED = (  # what the commands import, and so every worker of theirs
     "nnunetv2.training.nnUNetTrainer.nnUNetTrainer",
     "nnunet_umit.plans.preprocessor",
 )
-
-
 EARLY = ("nnunetv2.inference.predict_from_raw_data", "nnunet_umit.plans.preprocessor")  # what prediction imports
 
 
@@ -59,21 +57,25 @@ def start_server(imports: list[str]) -> bool:
     return True
 
 
+def _may_serve() -> bool:
+    """On Linux, and not in a worker. A spawned one has its name, but no parent process, while it imports."""
+    is_worker = multiprocessing.parent_process() is not None or multiprocessing.current_process().name != "MainProcess"
+    return sys.platform == "linux" and not is_worker
+
+
 def start_for_prediction(command: list[str]) -> bool:
     """Start the fork server while this process still imports nnU-Net, not after it: seconds, on two cores.
 
     Args:
-        command: ``sys.argv``. Only stock prediction with a UMIT model gets one, and only if it uses workers.
+        command: ``sys.argv`` that names a UMIT model. Only stock prediction gets a server, and only if it uses workers.
 
     Returns:
         Whether a server was started.
     """
     program, *words = command
-    is_ours = Path(program).name.startswith("nnUNetv2_predict") and any("UMITTrainer" in word for word in words)
+    predicts = Path(program).name.startswith("nnUNetv2_predict")
     alone = ("-npp", "0") in zip(words, words[1:], strict=False)
-    # a spawned process has its parent's command, and is not known for a child yet while it imports
-    is_main = multiprocessing.current_process().name == "MainProcess"
-    return is_ours and not alone and is_main and sys.platform == "linux" and start_server(list(EARLY))
+    return predicts and not alone and _may_serve() and start_server(list(EARLY))
 
 
 def use_fork_server() -> bool:
@@ -83,7 +85,7 @@ def use_fork_server() -> bool:
         Whether it was done: on Linux only (macOS's libraries do not like to be forked, Windows cannot), and not in
         worker processes, which start no workers.
     """
-    if sys.platform != "linux" or multiprocessing.parent_process() is not None:
+    if not _may_serve():
         return False
     for name in STARTING:
         module = sys.modules.get(name)
