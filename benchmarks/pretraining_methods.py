@@ -51,9 +51,14 @@ class Methods(FewLabels):
         super().__init__(options, results, "pretraining_methods", spent, {"share": options.tokenizer_share})
         self.minutes, self.tuning = minutes, tuning
 
+    def named(self, method: str) -> str:
+        """The method, with the tag of a pre-training that has values of its own: others share one."""
+        shared = all(key.startswith("finetune.") for key, _ in self.options.set)
+        return method if shared else method + tagged(self.options)
+
     def pretrain(self, dataset: str, method: str) -> str:
         """Pre-train if that is not done; returns the key."""
-        key = f"{self.prefix}{dataset}/{method}"
+        key = f"{self.prefix}{dataset}/{self.named(method)}"
         if not self.left(key):
             return key
         say(f"{key} ...")
@@ -68,7 +73,8 @@ class Methods(FewLabels):
             )
             values, seconds = {"pretrain.tokenizer": stages[0]["checkpoint"]}, (1 - share) * seconds
         stages.append(bench.stage(folder, "pretrain", METHODS[method], PLANS, seconds, values=values, validate=True))
-        described = {"dataset": dataset, "method": method, "minutes": self.minutes, "cores": self.options.threads}
+        described = {"dataset": dataset, "method": self.named(method), "minutes": self.minutes}
+        described |= {"cores": self.options.threads, "umit_values": dict(self.options.set)}
         described |= {"figures": [stage["figures"] for stage in stages], **totals(stages)}
         self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
         return key
@@ -164,8 +170,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dataset", type=int, action="append", choices=numbers, help="this data set only (may be repeated)")
     add("--labelled", type=int, metavar="N", help="fine-tune with N labelled cases only, 0: all (default: see above)")
     options = parse_with_tuning(options_parser, arguments)
-    if any(not key.startswith("finetune.") for key, _ in options.set):
-        options_parser.error("--set takes finetune.* only: all fine-tunings of a method share its pre-training")
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     results = Results("pretraining_methods", CLAIM, options.results)

@@ -20,9 +20,9 @@ from nnunet_umit.architectures.sac import (
     down_kernel,
     same_conv,
     same_kernel,
-    slice_conv,
     up_kernel,
 )
+from nnunet_umit.architectures.slices import slice_conv
 from nnunet_umit.spacing import Anisotropy
 
 PLANAR = Anisotropy.from_spacing((1.0, 1.0))
@@ -49,7 +49,7 @@ def test_isotropic_is_the_plain_convolution() -> None:
     for fidelity in ("exact", "pumit"):
         kernel = random(4, 3, 3, 3, 3)
         reduced = same_kernel(kernel, anisotropy, 0, fidelity)
-        torch.testing.assert_close(same_conv(image, reduced, None), F.conv3d(image, kernel, padding=1))
+        torch.testing.assert_close(same_conv(image, reduced), F.conv3d(image, kernel, padding=1))
         kernel = random(4, 3, 4, 4, 4)
         torch.testing.assert_close(
             down_conv(image, down_kernel(kernel, anisotropy, 0), None), F.conv3d(image, kernel, stride=4)
@@ -62,7 +62,7 @@ def test_isotropic_is_the_plain_convolution() -> None:
 @given(st.fractions(min_value=1, max_value=32, max_denominator=4), st.integers(2, 4))
 def test_same_size_equals_the_definition_for_any_real_ratio(ratio: Fraction, depth: int) -> None:
     image, kernel = random(1, 2, depth, 4, 5), random(3, 2, 3, 3, 3)
-    ours = same_conv(image, same_kernel(kernel, Anisotropy(float(ratio)), 0, "exact"), None)
+    ours = same_conv(image, same_kernel(kernel, Anisotropy(float(ratio)), 0, "exact"))
     torch.testing.assert_close(ours, replicated_same(image, kernel, ratio))
 
 
@@ -103,10 +103,10 @@ def test_pumit_same_conv_keeps_slices_apart_while_they_are_thick() -> None:
     image = random(1, 2, 4, 5, 5)
     reduced = same_kernel(kernel, isotropic(2), 1, "pumit")
     expected = F.conv2d(image[:, :, 2], kernel.sum(2), padding=1)
-    torch.testing.assert_close(same_conv(image, reduced, None)[:, :, 2], expected)
+    torch.testing.assert_close(same_conv(image, reduced)[:, :, 2], expected)
     changed = image.clone()
     changed[:, :, 1] += 1
-    assert torch.equal(same_conv(changed, reduced, None)[:, :, 2], same_conv(image, reduced, None)[:, :, 2])
+    assert torch.equal(same_conv(changed, reduced)[:, :, 2], same_conv(image, reduced)[:, :, 2])
     assert torch.equal(same_kernel(kernel, isotropic(2), 2, "pumit"), kernel)  # isotropic after two halvings
 
 
@@ -117,7 +117,7 @@ def test_slices_may_be_thick_along_any_axis_of_the_image(order: tuple[int, int, 
     turned, back = [axis + 2 for axis in order], [order.index(axis) + 2 for axis in range(3)]
     thick, kernel = random(1, 2, 8, 8, 8), random(3, 2, 3, 3, 3)
     thin = thick.repeat_interleave(4, axis)
-    ours = same_conv(thick.permute(0, 1, *turned), same_kernel(kernel, anisotropy, 0, "exact"), None)
+    ours = same_conv(thick.permute(0, 1, *turned), same_kernel(kernel, anisotropy, 0, "exact"))
     plain = F.conv3d(thin, kernel, padding=1).unflatten(axis, (8, 4)).mean(axis + 1)
     torch.testing.assert_close(ours.permute(0, 1, *back), plain)
     kernel = random(3, 2, 8, 8, 8)
@@ -135,9 +135,9 @@ def test_exact_same_conv_sees_its_neighbours_and_2d_has_none() -> None:
     reduced = same_kernel(kernel, isotropic(2), 0, "exact")
     changed = image.clone()
     changed[:, :, 1] += 1
-    assert not torch.allclose(same_conv(changed, reduced, None)[:, :, 2], same_conv(image, reduced, None)[:, :, 2])
+    assert not torch.allclose(same_conv(changed, reduced)[:, :, 2], same_conv(image, reduced)[:, :, 2])
     slice_ = image[:, :, :1]
-    planar = same_conv(slice_, same_kernel(kernel, PLANAR, 0, "exact"), None)
+    planar = same_conv(slice_, same_kernel(kernel, PLANAR, 0, "exact"))
     torch.testing.assert_close(planar[:, :, 0], F.conv2d(slice_[:, :, 0], kernel.sum(2), padding=1))
 
 
@@ -201,12 +201,27 @@ def test_remainders_are_refused_not_dropped() -> None:
         down_conv(random(1, 2, 9, 8, 8), random(3, 2, 4, 4, 4), None)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize(("channels", "out"), [(2, 3), (3, 3), (4, 2)])
 @pytest.mark.parametrize("taps", [1, 3])
-def test_slice_convolution_equals_conv3d(taps: int) -> None:
-    image, kernel, bias = random(2, 3, 4, 5, 6), random(4, 3, taps, 3, 3), random(4)
-    torch.testing.assert_close(
-        slice_conv(image, kernel, bias), F.conv3d(image, kernel, bias, padding=(taps // 2, 1, 1))
-    )
+def test_slice_convolution_and_its_gradients_equal_those_of_conv3d(
+    taps: int, channels: int, out: int, depth: int
+) -> None:
+    image, kernel = random(2, channels, depth, 5, 6), random(out, channels, taps, 3, 3)
+    weight = random(2, out, depth, 5, 6)
+    found = []
+    for convolve in (slice_conv, lambda *given: F.conv3d(*given, padding=(taps // 2, 1, 1))):
+        inputs = image.clone().requires_grad_(), kernel.clone().requires_grad_()
+        result = convolve(*inputs)
+        found.append((result, *torch.autograd.grad((result * weight).sum(), inputs)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(1, 2), (2, 1)])
+def test_slice_convolution_can_be_differentiated_twice(channels: int, out: int) -> None:
+    inputs = random(1, channels, 3, 3, 3).requires_grad_(), random(out, channels, 3, 3, 3).requires_grad_()
+    assert torch.autograd.gradgradcheck(slice_conv, inputs)
 
 
 @pytest.mark.parametrize("layer", [SACDown(2, 2, 4), SACConv(2, 2), SACUp(2, 2, 4)])

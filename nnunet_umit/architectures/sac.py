@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_umit.architectures.slices import slice_conv, to_slices, to_volume
 from nnunet_umit.spacing import NATURAL, Anisotropy, Size3
 
 FIDELITIES = ("exact", "pumit")
@@ -89,7 +90,7 @@ def mixed_same_conv(image: Tensor, kernel: Tensor, anisotropy: Anisotropy, halvi
     kernel = turn(kernel, anisotropy.order)
     before, _, after = kernel.unbind(-3)
     rest = torch.stack((before, -(before + after), after), -3)
-    return same_conv(image, kernel.sum(-3, keepdim=True), None) + share * same_conv(image, rest, None)
+    return same_conv(image, kernel.sum(-3, keepdim=True)) + share * same_conv(image, rest)
 
 
 def up_kernel(kernel: Tensor, anisotropy: Anisotropy, halvings: int, fidelity: str) -> Tensor:
@@ -115,37 +116,17 @@ def down_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
                 f"size {tuple(image.shape[2:])} is not a multiple of {stride} along axis {axis}; pad it first"
             )
     if stride[0] == 1 and image.device.type == "cpu":
-        batch, channels, depth, height, width = image.shape
-        slices = image.transpose(1, 2).reshape(batch * depth, channels, height, width)
-        result = F.conv2d(slices, kernel.squeeze(2), bias, stride[1:])
-        return result.reshape(batch, depth, *result.shape[1:]).transpose(1, 2).contiguous()
+        return to_volume(F.conv2d(to_slices(image), kernel.squeeze(2), bias, stride[1:]), image.shape[0])
     return F.conv3d(image, kernel, bias, stride)
 
 
-def same_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+def same_conv(image: Tensor, kernel: Tensor) -> Tensor:
     """Same-size convolution (B, C, D, H, W) with a reduced kernel; a single slice only meets the centre taps."""
     if image.shape[2] == 1 and kernel.shape[2] == 3:
         kernel = kernel[:, :, 1:2]
     if image.device.type == "cpu":
-        return slice_conv(image, kernel, bias)
-    return F.conv3d(image, kernel, bias, padding=tuple(size // 2 for size in kernel.shape[2:]))
-
-
-def slice_conv(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """The same convolution as 2D convolutions over slices, with the neighbouring slices stacked as channels.
-
-    On CPUs the backward pass of a narrow 3D convolution is slow: up to 3 times slower than this at 16 to 64
-    channels, and far slower for one input channel.
-    """
-    batch, channels, depth, height, width = image.shape
-    taps = kernel.shape[2]
-    if taps == 3:
-        padded = F.pad(image, (0, 0, 0, 0, 1, 1))
-        image = torch.cat([padded[:, :, tap : tap + depth] for tap in range(3)], 1)
-    slices = image.transpose(1, 2).reshape(batch * depth, taps * channels, height, width)
-    flat = kernel.transpose(1, 2).reshape(kernel.shape[0], taps * channels, *kernel.shape[3:])
-    result = F.conv2d(slices, flat, bias, padding=kernel.shape[-1] // 2)
-    return result.reshape(batch, depth, -1, height, width).transpose(1, 2).contiguous()
+        return slice_conv(image, kernel)
+    return F.conv3d(image, kernel, None, padding=tuple(size // 2 for size in kernel.shape[2:]))
 
 
 class _SACLayer(nn.Module):
@@ -218,7 +199,7 @@ class SACConv(_SACLayer):
         kernel = self.reduced(
             anisotropy, halvings, lambda weight: same_kernel(weight, anisotropy, halvings, self.fidelity)
         )
-        return same_conv(image, kernel, None)
+        return same_conv(image, kernel)
 
 
 class SACUp(_SACLayer):
