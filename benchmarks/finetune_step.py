@@ -261,14 +261,17 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--plans", default=None, help="UMITPlans.json (default: the plan in this file)")
     options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3, full 15)")
+    options_parser.add_argument(
+        "--batch", type=int, action="append", help="this batch size only (may be repeated; default: UMIT's and nnU-Net's)"
+    )
     options = options_parser.parse_args(arguments)
     kept = prepare_torch(options)
     plan = read_plan(options.plans)
     results = Results("finetune_step", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
-    batches = [2] if options.quick else sorted({plan["batch_size"], NNUNET_PLAN["batch_size"]})
+    planned = [2] if options.quick else sorted({plan["batch_size"], NNUNET_PLAN["batch_size"]})
     repeats = options.repeats or (3 if options.quick else 15)
-    for batch in batches:
+    for batch in options.batch or planned:
         key = f"{mode}/batch{batch}/threads{options.threads}" + ("/kept" if kept else "")
         if results.get(key) is None or options.again:
             say(f"{key} ...")
