@@ -261,9 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--plans", default=None, help="UMITPlans.json (default: the plan in this file)")
     options_parser.add_argument("--repeats", type=int, default=None, help="paired repeats (quick 3, full 15)")
-    options_parser.add_argument(
-        "--batch", type=int, action="append", help="this batch size only (may be repeated; default: UMIT's and nnU-Net's)"
-    )
+    sizes = "this batch size only (may be repeated; default: UMIT's and nnU-Net's)"
+    options_parser.add_argument("--batch", type=int, action="append", help=sizes)
     options = options_parser.parse_args(arguments)
     kept = prepare_torch(options)
     plan = read_plan(options.plans)
