@@ -51,10 +51,14 @@ class Methods(FewLabels):
         super().__init__(options, results, "pretraining_methods", spent, {"share": options.tokenizer_share})
         self.minutes, self.tuning = minutes, tuning
 
-    def named(self, method: str) -> str:
-        """The method, with the tag of a pre-training that has values of its own: others share one."""
+    def own_values(self) -> dict[str, Any]:
+        """What is set, if a pre-training has a part in it; else nothing: all fine-tunings of a method share one."""
         shared = all(key.startswith("finetune.") for key, _ in self.options.set)
-        return method if shared else method + tagged(self.options)
+        return {} if shared else dict(self.options.set)
+
+    def named(self, method: str) -> str:
+        """The method, with the tag of a pre-training that has values of its own."""
+        return method + tagged(self.options) if self.own_values() else method
 
     def pretrain(self, dataset: str, method: str) -> str:
         """Pre-train if that is not done; returns the key."""
@@ -74,7 +78,7 @@ class Methods(FewLabels):
             values, seconds = {"pretrain.tokenizer": stages[0]["checkpoint"]}, (1 - share) * seconds
         stages.append(bench.stage(folder, "pretrain", METHODS[method], PLANS, seconds, values=values, validate=True))
         described = {"dataset": dataset, "method": self.named(method), "minutes": self.minutes}
-        described |= {"cores": self.options.threads, "umit_values": dict(self.options.set)}
+        described |= {"cores": self.options.threads, "umit_values": self.own_values()}
         described |= {"figures": [stage["figures"] for stage in stages], **totals(stages)}
         self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
         return key

@@ -126,7 +126,7 @@ def same_conv(image: Tensor, kernel: Tensor) -> Tensor:
         kernel = kernel[:, :, 1:2]
     if image.device.type == "cpu":
         return slice_conv(image, kernel)
-    return F.conv3d(image, kernel, None, padding=tuple(size // 2 for size in kernel.shape[2:]))
+    return F.conv3d(image, kernel, padding=tuple(size // 2 for size in kernel.shape[2:]))
 
 
 class _SACLayer(nn.Module):

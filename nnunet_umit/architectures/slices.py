@@ -24,13 +24,13 @@ def slice_conv(image: Tensor, kernel: Tensor) -> Tensor:
     batch, (out, channels, taps, size) = image.shape[0], kernel.shape[:4]
     padding = size // 2
     if taps == 1:
-        return to_volume(F.conv2d(to_slices(image), kernel[:, :, 0], None, padding=padding), batch)
+        return to_volume(F.conv2d(to_slices(image), kernel[:, :, 0], padding=padding), batch)
     if channels < out:
         reading = kernel.transpose(1, 2).reshape(out, taps * channels, size, size)
         joined: Tensor = _WithNeighbours.apply(image)
-        return to_volume(F.conv2d(joined, reading, None, padding=padding), batch)
+        return to_volume(F.conv2d(joined, reading, padding=padding), batch)
     writing = kernel.flip(2).permute(2, 0, 1, 3, 4).reshape(taps * out, channels, size, size)
-    shared: Tensor = _ToNeighbours.apply(F.conv2d(to_slices(image), writing, None, padding=padding), batch)
+    shared: Tensor = _ToNeighbours.apply(F.conv2d(to_slices(image), writing, padding=padding), batch)
     return shared
 
 
@@ -62,7 +62,7 @@ def to_neighbours(joined: Tensor, batch: int) -> Tensor:
     """(B * D, 3 C, H, W) -> (B, C, D, H, W): what each slice has for the one before, for itself and for the one after,
     summed where it belongs; the adjoint of :func:`with_neighbours`."""
     parts = joined.reshape(batch, -1, 3, joined.shape[1] // 3, *joined.shape[2:])
-    volume = parts[:, :, 1].transpose(1, 2).contiguous()
+    volume = parts[:, :, 1].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # never the input itself
     volume[:, :, :-1] += parts[:, 1:, 0].transpose(1, 2)
     volume[:, :, 1:] += parts[:, :-1, 2].transpose(1, 2)
     return volume
