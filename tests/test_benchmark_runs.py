@@ -287,9 +287,10 @@ def test_a_pretraining_with_values_of_its_own_shares_none(machine, capsys):
     assert runs[f"{prefix}mae+half"]["umit_values"] == {"pretrain.mask_ratio": 0.5, "finetune.layer_decay": 0.75}
     assert runs[f"{prefix}mae"]["umit_values"] == {}
     assert "mae+half" in capsys.readouterr().out
-    machine.main(pretraining_methods, *tuned[:-1], "2", "--set", "finetune.layer_decay=0.75", "--tag", "decay75")
-    runs = machine.runs("pretraining_methods")
-    assert runs[f"{prefix.replace('fold1', 'fold2')}mae"]["umit_values"] == {}, "fine-tunings with other values share it"
+    other = ("--minutes", "10", "--set", "finetune.layer_decay=0.75", "--tag", "decay75")
+    machine.main(pretraining_methods, *tuned, *other)
+    shared = machine.runs("pretraining_methods")["full/fold1/10min+5min/Dataset027_ACDC/mae"]
+    assert shared["umit_values"] == {}, "fine-tunings with other values share it"
 
 
 def test_accuracy_gives_umit_three_seeds_and_every_other_arm_one(machine, capsys):
