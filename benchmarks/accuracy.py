@@ -6,7 +6,8 @@ to the budget: see budgeted_training.py for what the clock counts. Tasks and min
 
 - ``nnunet``       nnUNetTrainer on nnU-Net's default plans, 3d_fullres;
 - ``resenc_m``     nnUNetTrainer on nnU-Net's plans for the residual encoder, size M;
-- ``primus_s``     nnUNet_Primus_S_Trainer on the default plans;
+- ``primus_s``     nnUNet_Primus_S_Trainer on the default plans, their patch rounded up to whole tokens of 8 voxels: it
+  refuses others, ACDC's 14 slices among them;
 - ``umit_scratch`` UMITTrainer on UMITPlans; three seeds on the hippocampus;
 - ``umit_shared``  UMITPretrainTrainer on the training images of the fold for ``--pretrain-share`` (0.3) of the budget,
   then UMITTrainer from its checkpoint for the rest.
@@ -142,6 +143,12 @@ def curve_of(run: Mapping[str, Any]) -> list[tuple[float, float]]:
     return [((before + each["wall_s"]) / 60, each["dice"]["mean"]) for each in run["stages"][-1].get("curve", [])]
 
 
+def picture_name(task: str, minutes: float, quick: bool = False) -> str:
+    """Of the plot of one budget: another budget than the task's own is named."""
+    own = "" if minutes == TASKS[task].minutes else f"_{minutes:.3g}min"
+    return f"accuracy_{task}" + ("_quick" if quick else own)
+
+
 def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> bool:
     """Dice against minutes, a line a run; returns whether there was a curve to draw."""
     import matplotlib
@@ -163,6 +170,7 @@ def plot(runs: Mapping[str, Any], prefix: str, file: Path) -> bool:
     if cases:
         axes.set_xlabel("minutes of training")
         axes.set_ylabel(f"mean Dice, {cases} cases, no mirroring")
+        axes.set_xlim(left=0)
         axes.set_ylim(0, 1)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -221,8 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
                 results.put(key, run_arm(benches[seed], arm, key, minutes))
     say(report(results.runs, prefix))
     if options.validation_fold == 0:
-        picture = results.path.with_name(f"accuracy_{options.task}" + ("_quick" if options.quick else "") + ".png")
-        plot(results.runs, prefix, picture)
+        plot(results.runs, prefix, results.path.with_name(f"{picture_name(options.task, minutes, options.quick)}.png"))
     say(f"{options.threads} cores, {minutes:.3g} minutes of training wall time each.")
     say(f"Results: {results.path.name} in the results folder")
 

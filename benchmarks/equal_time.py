@@ -35,6 +35,7 @@ CONFIGURATION = "3d_fullres"
 STOCK_PLANS = "nnUNetPlans"
 PLANNERS = {STOCK_PLANS: "ExperimentPlanner", "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM"}
 PROBE_S = 30.0
+PRIMUS_TOKEN = 8  # voxels per axis
 NOT_OF_A_RUN = ("arm", "results", "work", "again", "replan")  # options that do not change what a run gives
 
 
@@ -72,6 +73,18 @@ def edit_plans(
             raise ValueError(f"{key!r} is not a key below the umit block of {source}; use e.g. finetune.learning_rate")
         sections[section][name] = value
     write_json(base / f"{target}.json", plans)
+
+
+def demanded(trainer: str, base: Path, plans: str, configuration: str = CONFIGURATION) -> dict[str, Any]:
+    """What `edit_plans` must change before a stock trainer takes the plans ``base/plans.json``.
+
+    Primus refuses a patch that is not made of whole tokens, and nnU-Net plans such patches (ACDC: 14 slices): it gets
+    the smallest one around the planned one.
+    """
+    if "Primus" not in trainer:
+        return {}
+    planned = json.loads((base / f"{plans}.json").read_text(encoding="utf-8"))["configurations"][configuration]
+    return {"configuration.patch_size": [-(-size // PRIMUS_TOKEN) * PRIMUS_TOKEN for size in planned["patch_size"]]}
 
 
 @contextlib.contextmanager
@@ -292,8 +305,9 @@ class Bench:
         """
         target, configuration = plans_copy(plans, folder), self.configuration
         batch = 2 if self.options.quick else None
-        overrides: dict[str, Any] = {}
-        if name != "stock":
+        if name == "stock":
+            overrides = demanded(trainer, self.base, plans, configuration)
+        else:
             fixed = {f"{name}.val_iterations_per_epoch": 1, f"{name}.seed": self.seed}
             overrides = dict(self.options.set) | dict(values or {}) | fixed
         step_s, overhead_s, epochs = 1.0, 0.0, 2

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.accuracy import STOCK
 from benchmarks.cases import few_cases, link_images, read_fold
 from benchmarks.common import DATASET, WITH_BYTECODE, Results, add_place, parser, provenance, say, table, verdict
-from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, plans_copy
+from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, demanded, edit_plans, plans_copy
 from benchmarks.prediction import arguments_of, timed_command
 from benchmarks.timed_predict import PARTS
 from benchmarks.timing import Sample, paired_ratio, spread, summarise
@@ -94,9 +94,10 @@ class Predictions:
         for arm, (trainer, plans) in ARMS.items():
             folder = self.bench.run_folder(f"{self.dataset}/{arm}")
             name = plans_copy(plans, folder)
-            content = json.loads((self.bench.base / f"{plans}.json").read_text(encoding="utf-8"))
+            edit_plans(self.bench.base, plans, name, umit=demanded(trainer, self.bench.base, plans))
+            content = json.loads((self.bench.base / f"{name}.json").read_text(encoding="utf-8"))
             model = folder / self.dataset / f"{trainer}__{name}__{CONFIGURATION}"
-            self.parameters[arm] = write_new_model(self.bench.base, model, trainer, content | {"plans_name": name})
+            self.parameters[arm] = write_new_model(self.bench.base, model, trainer, content)
             self.folders[arm] = folder
 
     def words(self, arm: str, workers: int) -> list[str]:

@@ -41,6 +41,7 @@ MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", 
 METHODS = "full/fold0/20min+5min/"
 TOKENIZER = "full/fold0/20min/seed1/soft-alone"
 NOTHING = "Not measured yet."
+HOUR = 60.0  # minutes
 
 
 @functools.cache
@@ -66,8 +67,10 @@ def _accuracy_rows() -> list[tuple[str, str, str]]:
         "nnunet": "stock `nnUNetTrainer` on nnU-Net's default plans",
     }
     rows = []
-    for task, label in (("hippocampus", "Hippocampus (MSD Task04)"), ("acdc", "ACDC")):
-        minutes = accuracy.TASKS[task].minutes
+    labels = {"hippocampus": "Hippocampus (MSD Task04)", "acdc": "ACDC"}
+    own = {task: accuracy.TASKS[task].minutes for task in labels}
+    for task, minutes in (("hippocampus", own["hippocampus"]), ("hippocampus", HOUR), ("acdc", own["acdc"])):
+        label = labels[task]
         found = accuracy.gathered(runs_of("accuracy"), f"full/{task}/fold0/{minutes:.3g}min/")
         for arm, name in names.items():
             if arm not in found:
@@ -80,8 +83,9 @@ def _accuracy_rows() -> list[tuple[str, str, str]]:
                 f"{label}, grouped fold 0, {cases} cases: mean Dice after {minutes:.3g} minutes of training wall time. "
                 f"{name[0].upper()}{name[1:]}, {seeds}, {steps} steps"
             )
-            task_option = "" if task == "hippocampus" else f" --task {task}"
-            command = f"python -m benchmarks.accuracy --full{task_option}"
+            options = "" if task == "hippocampus" else f" --task {task}"
+            options += "" if minutes == own[task] else f" --minutes {minutes:.3g} --arm {arm}"
+            command = f"python -m benchmarks.accuracy --full{options}"
             rows.append((what, f"{statistics.fmean(dice):.3f}", command))
     return rows
 
@@ -161,11 +165,10 @@ def _prediction_rows() -> list[tuple[str, str, str]]:
 
 
 # -------------------------------------------------------------------------------------------------- whole tables
-def _accuracy(task: str) -> str:
-    prefix = f"full/{task}/fold0/{accuracy.TASKS[task].minutes:.3g}min/"
-    if not accuracy.gathered(runs_of("accuracy"), prefix):
-        return ""
-    return accuracy.report(runs_of("accuracy"), prefix) + _picture(f"accuracy_{task}", f"Dice against minutes, {task}")
+def _accuracy(task: str, minutes: float | None = None) -> str:
+    minutes = minutes or accuracy.TASKS[task].minutes
+    table = _other_accuracy(f"full/{task}/fold0/{minutes:.3g}min/")
+    return table and table + _picture(accuracy.picture_name(task, minutes), f"Dice against minutes, {task}")
 
 
 def _other_accuracy(prefix: str) -> str:
@@ -216,8 +219,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "plan_memory": lambda: planning.report_memory(runs_of("planning"), "full"),
     "arithmetic": lambda: _one("arithmetic", arithmetic),
     "accuracy_hippocampus": lambda: _accuracy("hippocampus"),
-    "accuracy_hour": lambda: _other_accuracy("full/hippocampus/fold0/60min/"),
+    "accuracy_hour": lambda: _accuracy("hippocampus", HOUR),
     "tuning_hippocampus": lambda: _other_accuracy("full/hippocampus/fold1/5min/"),
+    "tuning_width": lambda: _other_accuracy("full/hippocampus/fold1/20min/"),
     "tuning_acdc": lambda: _other_accuracy("full/acdc/fold1/10min/"),
     "tuning_balance": lambda: _other_accuracy("full/acdc/fold1/6min/"),
     "accuracy_acdc": lambda: _accuracy("acdc"),

@@ -336,7 +336,14 @@ def test_labels_are_counted_with_one_pretraining_and_its_early_encoders(machine,
 
 
 def test_predictions_of_all_arms_are_timed_in_turn(machine, monkeypatch, capsys):
-    monkeypatch.setattr(predict, "write_new_model", lambda base, model, trainer, plans: 1_000_000)
+    patches: dict[str, list[int]] = {}
+
+    def write_new_model(base: Path, model: Path, trainer: str, plans: Any) -> int:
+        patches[trainer] = plans["configurations"]["3d_fullres"]["patch_size"]
+        assert plans["plans_name"] in model.name, "nnU-Net finds the model by the name of its plans"
+        return 1_000_000
+
+    monkeypatch.setattr(predict, "write_new_model", write_new_model)
     start = dict.fromkeys((*predict.STARTS, "hook alone"), {"median": 5.0, "min": 4.0, "max": 6.0})
     monkeypatch.setattr(predict, "starts", lambda repeats: {"ms": start})
     seconds = itertools.count(1.0)
@@ -344,7 +351,8 @@ def test_predictions_of_all_arms_are_timed_in_turn(machine, monkeypatch, capsys)
     base = machine.root / "work" / "nnUNet_preprocessed" / common.DATASET
     base.mkdir(parents=True)
     for _, plans in predict.ARMS.values():
-        (base / f"{plans}.json").write_text("{}")
+        planned = {"configurations": {"3d_fullres": {"patch_size": [14, 32, 24]}}}
+        (base / f"{plans}.json").write_text(json.dumps(planned))
 
     def answer(bench: Any, command: list[str], folder: Path) -> None:
         images, output = (Path(command[command.index(word) + 1]) for word in ("-i", "-o"))
@@ -360,6 +368,7 @@ def test_predictions_of_all_arms_are_timed_in_turn(machine, monkeypatch, capsys)
     first, second, third = (trainer for trainer, _ in predict.ARMS.values())
     warm, one, two = [third, first, second], [first, second, third], [second, third, first]
     assert ends == warm + one + two + [third, first, second]
+    assert [patches[each] for each in (first, second, third)] == [[14, 32, 24], [16, 32, 24], [14, 32, 24]]
     run = machine.runs("predict")[f"full/{common.DATASET}/threads2"]
     assert run["cases"] == 2 and run["arms"]["UMIT"]["parts_s"]["network"]["median"] == 2.0
     assert "hook alone, ms: 5.000 (bar 1: NOT met)" in capsys.readouterr().out

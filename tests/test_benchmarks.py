@@ -233,6 +233,23 @@ def test_plans_are_copied_under_another_name_and_edited(tmp_path):
         equal_time.edit_plans(tmp_path, "UMITPlans", "Other", umit={"finetun.epochs": 7})
 
 
+def test_primus_gets_a_patch_of_whole_tokens_and_nobody_else_another_patch(tmp_path):
+    plans = {"plans_name": "nnUNetPlans", "configurations": {"3d_fullres": {"patch_size": [14, 256, 224]}}}
+    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert equal_time.demanded("nnUNetTrainer", tmp_path, "nnUNetPlans") == {}
+    changed = equal_time.demanded("nnUNet_Primus_S_Trainer", tmp_path, "nnUNetPlans")
+    assert changed == {"configuration.patch_size": [16, 256, 224]}
+    equal_time.edit_plans(tmp_path, "nnUNetPlans", "Other", umit=changed)
+    written = json.loads((tmp_path / "Other.json").read_text())["configurations"]["3d_fullres"]
+    assert written["patch_size"] == [16, 256, 224]
+
+
+def test_another_budget_has_a_plot_of_its_own():
+    assert accuracy.picture_name("hippocampus", 20.0) == "accuracy_hippocampus"
+    assert accuracy.picture_name("hippocampus", 60.0) == "accuracy_hippocampus_60min"
+    assert accuracy.picture_name("acdc", 0.1, quick=True) == "accuracy_acdc_quick"
+
+
 def test_settings_of_the_command_line():
     assert common.setting("finetune.epochs=7") == ("finetune.epochs", 7)
     assert common.setting("finetune.schedule=poly") == ("finetune.schedule", "poly")
