@@ -139,14 +139,15 @@ def main(arguments: list[str] | None = None) -> None:
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     results = Results("label_efficiency", CLAIM, options.results)
     labels = Labels(options, results, minutes, tuning)
-    labelled_cases = QUICK_LABELLED if options.quick else (MAIN, *(each for each in LABELLED if each != MAIN))
+    numbers, seeds = (QUICK_LABELLED, [1]) if options.quick else ((MAIN, *sorted({*LABELLED} - {MAIN})), [1, 2, 3])
     with alone_in(work_folder(options.work)):
-        for labelled in labelled_cases:
-            for seed in options.seed or ([1] if options.quick else [1, 2, 3]):
+        for labelled in numbers:
+            for seed in options.seed or seeds:
                 for arm in ARMS:
                     labels.compare(labelled, seed, arm)
-        for share in labels.early:
-            labels.compare(MAIN, 1, "pretrained", share)
+            if labelled == MAIN:  # the claim's own number first, with all that is asked of it
+                for share in labels.early:
+                    labels.compare(MAIN, 1, "pretrained", share)
     picture = results.path.with_name(results.path.stem + ("_quick" if options.quick else "") + ".png")
     plot(results.runs, labels.prefix, picture)
     say(report(results.runs, labels.prefix))
