@@ -84,7 +84,10 @@ def _accuracy_rows() -> list[tuple[str, str, str]]:
                 f"{name[0].upper()}{name[1:]}, {seeds}, {steps} steps"
             )
             options = "" if task == "hippocampus" else f" --task {task}"
-            options += "" if minutes == own[task] else f" --minutes {minutes:.3g} --arm {arm}"
+            if minutes != own[task]:  # asked for by name: the command that makes these runs and no others
+                options += f" --minutes {minutes:.3g} --arm {arm}" + "".join(
+                    f" --seed {run['seed']}" for run in found[arm]
+                )
             command = f"python -m benchmarks.accuracy --full{options}"
             rows.append((what, f"{statistics.fmean(dice):.3f}", command))
     return rows
