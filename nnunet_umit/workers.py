@@ -58,9 +58,11 @@ def start_server(imports: list[str]) -> bool:
 
 
 def _may_serve() -> bool:
-    """On Linux, and not in a worker. A spawned one has its name, but no parent process, while it imports."""
-    is_worker = multiprocessing.parent_process() is not None or multiprocessing.current_process().name != "MainProcess"
-    return sys.platform == "linux" and not is_worker
+    """On Linux, and neither in a worker nor in a fork server: both import what the command does, newer Pythons under the
+    command's ``sys.argv``, so each server would start the next one. While they import, only the command line that
+    Python gave them tells them apart."""
+    is_started = any(word.startswith("from multiprocessing.") for word in sys.orig_argv)
+    return sys.platform == "linux" and multiprocessing.parent_process() is None and not is_started
 
 
 def start_for_prediction(command: list[str]) -> bool:

@@ -78,6 +78,29 @@ def test_prediction_with_our_networks_uses_it_on_linux(
     assert forking == [trainer == "UMITTrainer" and platform == "linux"] * 2
 
 
+EARLY = """
+import sys
+from nnunet_umit import workers
+
+sys.argv = {command}
+workers.start_server = lambda imports: True
+with open("served", "a", encoding="utf-8") as file:
+    print(workers.start_for_prediction(sys.argv), file=file)
+
+def work(number):
+    return number
+"""
+STARTED = """
+import multiprocessing, sys
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    import early
+
+    multiprocessing.set_forkserver_preload(["early"])
+    with context.Pool(1) as pool:
+        assert pool.map(early.work, [7]) == [7]
+"""
 PREDICT = ["/bin/nnUNetv2_predict", "-d", "4", "-tr", "UMITTrainer"]
 FOLDER = ["/bin/nnUNetv2_predict_from_modelfolder", "-m", "/results/UMITTrainer__UMITPlans__2d"]
 
@@ -108,11 +131,16 @@ def test_the_server_starts_before_a_prediction_with_our_networks_only(
 
 
 @linux
-def test_a_spawned_worker_starts_no_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "start_server", lambda imports: True)
-    assert workers.start_for_prediction(PREDICT)
-    monkeypatch.setattr(multiprocessing.current_process(), "name", "SpawnProcess-1")
-    assert not workers.start_for_prediction(PREDICT)
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_neither_a_server_nor_a_worker_starts_a_server(tmp_path: Path, method: str) -> None:
+    # its sys.argv is that of the command (Python hands it on from 3.13.12 and 3.14.3 on), as it imports the predictor
+    (tmp_path / "early.py").write_text(EARLY.format(command=PREDICT), encoding="utf-8")
+    (tmp_path / "program.py").write_text(STARTED, encoding="utf-8")
+    command = [sys.executable, "program.py", method]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    served = (tmp_path / "served").read_text(encoding="utf-8").split()
+    assert served == ["True", "False"], "the command itself may, what it started may not"
 
 
 def test_a_server_that_cannot_start_stops_no_prediction(
