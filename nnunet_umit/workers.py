@@ -58,9 +58,11 @@ def start_server(imports: list[str]) -> bool:
 
 
 def _may_serve() -> bool:
-    """On Linux, and neither in a worker nor in a fork server: both import what the command does, newer Pythons under the
-    command's ``sys.argv``, so each server would start the next one. While they import, only the command line that
-    Python gave them tells them apart."""
+    """On Linux, and neither in a worker nor in a fork server.
+
+    Both import what the command does, newer Pythons under the command's ``sys.argv``, so each server would start the
+    next one. While they import, only the command line that Python gave them tells them apart.
+    """
     is_started = any(word.startswith("from multiprocessing.") for word in sys.orig_argv)
     return sys.platform == "linux" and multiprocessing.parent_process() is None and not is_started
 

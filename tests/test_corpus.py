@@ -153,6 +153,11 @@ def test_what_a_corpus_cannot_do_is_refused(make: Callable[..., Path]) -> None:
         trainer.initialize()
     with pytest.raises(ValueError, match="number 911 is taken by Dataset911_Thin"):
         build([SECOND], 911, "Corpus", [], 8.0, 1, Console(quiet=True))
+    with pytest.raises(ValueError, match="Dataset911_Thi: nnU-Net's folders hold no such dataset, number 911 is Datas"):
+        build(["Dataset911_Thi"], 900, "Corpus", [], 8.0, 1, Console(quiet=True))
+    assert not (folder.parent / "Dataset911_Thi").exists(), "number 911 would be two datasets then"
+    with pytest.raises(ValueError, match="--dataset Thin is neither a number nor a name"):
+        build(["Thin"], 900, "Corpus", [], 8.0, 1, Console(quiet=True))
     (folder / "UMITPlans_3d_native" / FILE).write_text("{")
     with pytest.raises(ValueError, match="is damaged .* `umit corpus`"):
         Corpus.read(folder / "UMITPlans_3d_native")

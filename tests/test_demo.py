@@ -294,9 +294,15 @@ def alive(pid: int) -> bool:
 
 def test_missing_command_names_the_interpreter(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    monkeypatch.setattr(stock.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(stock.sysconfig, "get_path", lambda name, scheme=None: str(tmp_path / (scheme or "scripts")))
+    monkeypatch.setattr(stock.site, "ENABLE_USER_SITE", False)
+    user = tmp_path / stock.sysconfig.get_preferred_scheme("user")
+    user.mkdir()
+    (user / "nnUNetv2_train").touch()
     with pytest.raises(stock.StockCommandError, match="nnUNetv2_train is not installed next to .*pip install nnunetv2"):
         stock.find_command("nnUNetv2_train")
+    monkeypatch.setattr(stock.site, "ENABLE_USER_SITE", True)
+    assert stock.find_command("nnUNetv2_train") == user / "nnUNetv2_train"
 
 
 def test_environment_of_the_caller_stays_as_it_is(tmp_path, monkeypatch):

@@ -360,6 +360,7 @@ def test_links_are_followed_once_and_what_is_no_image_is_counted(tmp_path: Path)
     (folder / "up").symlink_to(tmp_path, target_is_directory=True)
     (folder / "gone.nii.gz").symlink_to(tmp_path / "annex" / "gone.nii.gz")
     (folder / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    (folder / "itself").symlink_to("itself")
     (folder / ".hidden.nii.gz").touch()
     (folder / "notes.csv").write_text("a,b")
     (folder / "archive.tar.gz").write_bytes(b"\x1f\x8b" + b"junk" * 10)
@@ -385,6 +386,7 @@ def test_links_are_followed_once_and_what_is_no_image_is_counted(tmp_path: Path)
         "again": Kind.FOLDER,
         "up": Kind.FOLDER,
         "gone.nii.gz": Kind.UNREADABLE,
+        "itself": Kind.UNREADABLE,
         "closed": Kind.UNREADABLE,
         "pair.hdr": Kind.FORMAT,
         "scan.dat": Kind.SUFFIX,

@@ -385,6 +385,13 @@ def test_dicom_series_are_converted_one_by_one(tmp_path: Path) -> None:
     assert len(list((target / "imagesTr").iterdir())) == 2
 
 
+def test_a_dicom_folder_may_be_named_by_way_of_another(tmp_path: Path) -> None:
+    make_series(tmp_path / "study" / "a", "1.2.8.1")
+    (tmp_path / "work").mkdir()
+    outcome = start(tmp_path / "work" / ".." / "study", tmp_path / "raw")
+    assert [case.relative for case in outcome.cases] == ["a/1.2.8.1"] and not outcome.rejections
+
+
 def test_slices_must_be_evenly_spaced() -> None:
     straight = np.array([1.0, 0, 0, 0, 1, 0])
     stack = np.array([[0, 0, 3.0 * index] for index in range(6)])

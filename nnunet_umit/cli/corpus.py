@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 SOURCE_PLANS = "UMITCorpusPlans"  # written where a dataset has no 3d_native of ours yet; never touches other plans
@@ -35,7 +37,7 @@ def corpus(
     try:
         build(datasets, number, name, weight or [], gpu_memory_target, processes, console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]umit corpus:[/red] {error}", highlight=False)
+        console.print(f"[red]umit corpus:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
 
 
@@ -55,14 +57,14 @@ def build(
         StockCommandError: preprocessing failed.
     """
     from nnunetv2.paths import nnUNet_preprocessed
-    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name, find_candidate_datasets
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
     from nnunet_umit.plans.corpus import COLOUR, Corpus, Source, is_colour
     from nnunet_umit.trainers.requirements import require_folders
 
     require_folders()
     preprocessed = Path(str(nnUNet_preprocessed))
-    names = [each if each.startswith("Dataset") else convert_id_to_dataset_name(int(each)) for each in datasets]
+    names = [dataset_name(each) for each in datasets]
     target = f"Dataset{number:03d}_{name}"
     taken = [str(each) for each in find_candidate_datasets(number) if str(each) != target]
     if taken or target in names:
@@ -87,6 +89,32 @@ def build(
     show(made, target, console)
     console.print(f"Next: nnUNetv2_train {number} {NATIVE} all -tr UMITPretrainTrainer -p UMITPlans", highlight=False)
     return preprocessed / target
+
+
+def dataset_name(text: str) -> str:
+    """The dataset that ``-d`` means: ``"4"`` or ``"Dataset004_Hippocampus"``.
+
+    A name is taken only if nnU-Net has that dataset: a folder under another name but the same number would make the
+    number ambiguous for every command.
+
+    Raises:
+        ValueError: neither a number nor a name, or no such dataset.
+        RuntimeError: nnU-Net knows no dataset, or several, of that number.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name, find_candidate_datasets
+
+    found = re.fullmatch(r"(\d+)|Dataset(\d{3})_.+", text)
+    if found is None:
+        raise ValueError(f"--dataset {text} is neither a number nor a name such as Dataset004_Hippocampus")
+    if found[1]:
+        return str(convert_id_to_dataset_name(int(found[1])))
+    known = [str(each) for each in find_candidate_datasets(int(found[2]))]
+    if text not in known:
+        raise ValueError(
+            f"--dataset {text}: nnU-Net's folders hold no such dataset"
+            + (f", number {int(found[2])} is {', '.join(known)}" if known else "; convert it to nnUNet_raw first")
+        )
+    return text
 
 
 def parse_weights(weights: list[str], names: list[str]) -> dict[str, float]:

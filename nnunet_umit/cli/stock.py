@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import site
 import subprocess
 import sys
 import sysconfig
@@ -46,12 +47,14 @@ def find_command(name: str) -> Path:
         StockCommandError: When none of those folders holds it.
     """
     folders = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
+    if site.ENABLE_USER_SITE:  # pip install --user; a virtual environment does not see what is there
+        folders.append(Path(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))))
     for folder in folders:
         for file_name in (name, f"{name}.exe"):
             if (folder / file_name).is_file():
                 return folder / file_name
     raise StockCommandError(
-        f"{name} is not installed next to {sys.executable} (looked in {folders[0]}). "
+        f"{name} is not installed next to {sys.executable} (looked in {', '.join(map(str, dict.fromkeys(folders)))}). "
         f'Install nnU-Net there: "{sys.executable}" -m pip install nnunetv2'
     )
 

@@ -69,7 +69,7 @@ def discover(folder: str | os.PathLike[str], exclude: Iterable[str] = (), avoid:
                 found.ignored["excluded"] += 1
             elif entry.name.startswith("."):
                 found.ignored["hidden"] += 1
-            elif not entry.is_dir():
+            elif not _is_folder(entry):
                 _sort_file(entry, relative, found)
             elif labelled and entry.name in ("labelsTr", "labelsTs"):
                 found.ignored["folders of labels"] += 1
@@ -95,6 +95,14 @@ def case_name(relative: str, suffix: str = "", extra: str = "") -> str:
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or leads to one that can be looked at; a link that cannot be followed is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _enter(here: str, seen: dict[tuple[int, int], str], found: Found) -> list[os.DirEntry[str]]:
@@ -124,7 +132,7 @@ def _sort_file(entry: os.DirEntry[str], relative: str, found: Found) -> None:
     try:
         status = entry.stat()
     except OSError as error:
-        if known is None:
+        if known is None and isinstance(error, FileNotFoundError):
             found.ignored[extension] += 1
             return
         target = f" to {os.readlink(entry.path)}" if entry.is_symlink() else ""

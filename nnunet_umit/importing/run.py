@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -123,7 +124,7 @@ def import_folder(request: Request, progress: Callable[[int, int], None]) -> Out
 def _candidates(request: Request, found: Found) -> tuple[list[Candidate], list[Rejection]]:
     """Files and DICOM series, and what is rejected before anyone looks into it."""
     candidates, rejections = list(found.candidates), list(found.rejections)
-    root = Path(request.folder).absolute()
+    root = os.path.abspath(request.folder)  # as `discover` has it: without ..
     folders = [
         Folder(path, Path(path).relative_to(root).as_posix(), tuple(files)) for path, files in found.dicom.items()
     ]
