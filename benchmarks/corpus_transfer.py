@@ -29,7 +29,6 @@ from benchmarks.common import (
     training_parser,
     verdict,
     work_folder,
-    write_json,
 )
 from benchmarks.equal_time import Bench, alone_in, totals
 from benchmarks.memory import MemoryWatch
@@ -243,7 +242,7 @@ class Transfer:
             bench.plan(plans, [configuration])
             self.planned.add(dataset)
         chosen = few_cases(read_fold(self.data, dataset, 0), LABELLED, VALIDATED)
-        write_json(bench.base / "splits_final.json", [chosen])
+        bench.set_fold(chosen)
         folder, weights, started = bench.run_folder(key), None, time.perf_counter()
         if key.endswith("/corpus"):
             model = self.corpus.model(self.corpus.folder_of(pretraining), "UMITPretrainTrainer", "UMITPlans")

@@ -191,6 +191,24 @@ class Bench:
             self.plan(plans, list(configurations))
         shutil.copyfile(self.data / "splits" / f"{self.dataset}.json", self.base / "splits_final.json")
 
+    def set_fold(self, cases: Mapping[str, Sequence[str]]) -> None:
+        """Make ``cases`` the fold that is trained; those below it are the same, as nnU-Net finds a fold by position."""
+        write_json(self.base / "splits_final.json", [cases] * (int(self.fold) + 1))
+
+    def cases_sha1(self) -> str | None:
+        """Fingerprint of the cases of the fold; None for all cases.
+
+        Raises:
+            ValueError: ``splits_final.json`` has no such fold; nnU-Net would split at random.
+        """
+        if self.fold == "all":
+            return None
+        file = self.base / "splits_final.json"
+        folds = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        if int(self.fold) >= len(folds):
+            raise ValueError(f"fold {self.fold} of {self.dataset} is to be trained, but {file} has {len(folds)} folds")
+        return hashlib.sha1(json.dumps(folds[int(self.fold)], sort_keys=True).encode()).hexdigest()
+
     def plan(self, plans: str, configurations: list[str]) -> None:
         """Plan and preprocess, unless every case of every configuration is there."""
         planner = PLANNERS.get(plans) or plans.replace("Plans", "Planner", 1)
@@ -224,7 +242,7 @@ class Bench:
     def train(self, folder: Path, name: str, **settings: Any) -> dict[str, Any]:
         """One sub-process of budgeted_training; returns its report.
 
-        What an earlier, killed call finished is kept if it was the same job, the contents of the plans included.
+        What an earlier, killed call finished is kept if it was the same job, cases and contents of the plans included.
         """
         job: dict[str, Any] = {
             "dataset": self.dataset,
@@ -244,7 +262,7 @@ class Bench:
             "report": str(folder / f"{name}.report.json"),
         } | settings
         plans = self.base / f"{job['plans']}.json"
-        job["plans_sha1"] = hashlib.sha1(plans.read_bytes()).hexdigest()
+        job |= {"plans_sha1": hashlib.sha1(plans.read_bytes()).hexdigest(), "cases_sha1": self.cases_sha1()}
         path, done = folder / f"{name}.job.json", Path(job["report"])
         if not (path.is_file() and json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(job))):
             done.unlink(missing_ok=True)

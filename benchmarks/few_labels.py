@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cases import few_cases, read_fold
-from benchmarks.common import Results, provenance, say, write_json
+from benchmarks.common import Results, provenance, say
 from benchmarks.equal_time import CONFIGURATION, Bench, totals
 
 PLANS = "UMITPlans"
@@ -48,7 +48,7 @@ class FewLabels:
         """Put the cases of the next training in place: the first ``labelled`` of the fold, or all (0)."""
         split = read_fold(bench.data, bench.dataset, self.fold)
         chosen = few_cases(split, labelled or len(split["train"]), VALIDATED)
-        write_json(bench.base / "splits_final.json", [chosen])
+        bench.set_fold(chosen)
         return chosen
 
     def left(self, key: str) -> bool:
@@ -79,6 +79,13 @@ def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[f
         if key.startswith(prefix) and parts:
             found.setdefault(parts[1], {}).setdefault(parts[2], []).append(run["dice"]["mean"])
     return found
+
+
+def by_seed(runs: Mapping[str, Any], prefix: str, arms: Sequence[str]) -> list[tuple[float, ...]]:
+    """Dice of ``arms`` with one seed, for each seed that all of them have; keys are ``<prefix>seed<S>/<arm>``."""
+    seeds = sorted({found[1] for key in runs if (found := re.fullmatch(re.escape(prefix) + r"(seed\d+)/[^/]+", key))})
+    keys = [[f"{prefix}{seed}/{arm}" for arm in arms] for seed in seeds]
+    return [tuple(runs[key]["dice"]["mean"] for key in each) for each in keys if all(key in runs for key in each)]
 
 
 def mean_and_seeds(dice: Sequence[float]) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import DATASET, Results, budget, provenance, say, table, training_parser, verdict, work_folder
 from benchmarks.equal_time import alone_in, totals
-from benchmarks.few_labels import PLANS, FewLabels, gathered, mean_and_seeds
+from benchmarks.few_labels import PLANS, FewLabels, by_seed, gathered, mean_and_seeds
 
 CLAIM = "with 10 labelled hippocampi a pre-trained encoder is worth at least 3 Dice points, beyond the spread of seeds"
 MINUTES, FINETUNE_MINUTES = 60.0, 5.0
@@ -86,12 +86,17 @@ def report(runs: Mapping[str, Any], prefix: str) -> str:
     if len(steps) > len(ARMS):
         rows = [[f"{minutes:.3g}", f"{dice:.4f}"] for minutes, dice in sorted(steps)]
         parts.append(table(["minutes of pre-training", f"Dice, {MAIN} labelled cases, seed 1"], rows))
-    own, theirs = (found.get(MAIN, {}).get(arm, []) for arm in ("pretrained", "scratch"))
-    if own and theirs:
+    pairs = by_seed(runs, f"{prefix}{MAIN}/", ARMS)
+    if pairs:
+        theirs, own = zip(*pairs, strict=True)
         gain = statistics.fmean(own) - statistics.fmean(theirs)
         apart = "do not overlap" if min(own) > max(theirs) else "OVERLAP"
         bar = verdict(gain, GAIN, at_most=False)
-        parts.append(f"gain in Dice at {MAIN} labelled cases, {len(own)} seed(s): {bar}; the seeds {apart}")
+        more = max(run["pretrained_minutes"] for key, run in runs.items() if key.startswith(f"{prefix}{MAIN}/"))
+        parts.append(
+            f"gain in Dice at {MAIN} labelled cases, {len(own)} seed(s): {bar}; the seeds {apart}. The pre-trained arm "
+            f"had {more:.3g} more minutes of the machine (pretraining_methods has an arm of equal time)"
+        )
     pretraining = runs.get(f"{prefix}pretrain")
     if pretraining is not None:
         mean, cases = pretraining["figures"]["mean"], pretraining["figures"]["cases"]

@@ -12,6 +12,7 @@ each.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,14 +42,22 @@ def predict(bench: Bench, folder: Path, images: Path) -> Sample:
     return timed_command(bench, ["nnUNetv2_predict"], words, folder)
 
 
-def dice_difference(runs: Mapping[str, Any], prefix: str) -> float | None:
-    """Dice of ``3d_native`` minus Dice of ``3d_fullres``, mean over the seeds that both have; None without any."""
+def dice_differences(runs: Mapping[str, Any], prefix: str) -> list[float]:
+    """Dice of ``3d_native`` minus Dice of ``3d_fullres``, for every seed that both have."""
     differences = []
     for seed in seeds_in(runs, prefix):
         dice = [runs[key]["dice"]["mean"] for key in (f"{prefix}seed{seed}/{arm}" for arm in ARMS) if key in runs]
         if len(dice) == len(ARMS):
             differences.append(dice[0] - dice[1])
-    return sum(differences) / len(differences) if differences else None
+    return differences
+
+
+def judged(differences: Sequence[float]) -> str:
+    """``-0.002 (+0.012 / -0.016; bar -0.005: undecided, ...)``: met or not only where every seed says so."""
+    met = [difference >= -MARGIN for difference in differences]
+    words = "met" if all(met) else "undecided, the seeds disagree" if any(met) else "NOT met"
+    seeds = " / ".join(f"{each:+.3f}" for each in differences)
+    return f"{statistics.fmean(differences):+.3f} ({seeds}; bar {-MARGIN:g}: {words})"
 
 
 def seeds_in(runs: Mapping[str, Any], prefix: str) -> list[int]:
@@ -75,9 +84,9 @@ def report(runs: Mapping[str, Any], prefix: str) -> str:
                 rows.append([arm, seed, run["iterations"], round(run["train_wall_s"]), mean, classes, cases])
     headers = ["configuration", "seed", "iterations", "wall s", "Dice", "RV / MYO / LV", "cases"]
     parts = [table(headers, rows)]
-    difference = dice_difference(runs, prefix)
-    if difference is not None:
-        parts.append(f"Dice, 3d_native - 3d_fullres, mean over seeds: {verdict(difference, -MARGIN, at_most=False)}")
+    differences = dice_differences(runs, prefix)
+    if differences:
+        parts.append(f"Dice, 3d_native - 3d_fullres, mean and seeds: {judged(differences)}")
     samples = samples_in(runs, prefix)
     if samples[ARMS[0]]:
         parts.append(prediction_table(samples))

@@ -50,6 +50,7 @@ class Methods(FewLabels):
         spent = f"{minutes:.3g}min+{tuning:.3g}min"
         super().__init__(options, results, "pretraining_methods", spent, {"share": options.tokenizer_share})
         self.minutes, self.tuning = minutes, tuning
+        self.pretrained: set[str] = set()  # in this invocation
 
     def own_values(self) -> dict[str, Any]:
         """What is set, if a pre-training has a part in it; else nothing: all fine-tunings of a method share one."""
@@ -63,8 +64,9 @@ class Methods(FewLabels):
     def pretrain(self, dataset: str, method: str) -> str:
         """Pre-train if that is not done; returns the key."""
         key = f"{self.prefix}{dataset}/{self.named(method)}"
-        if not self.left(key):
+        if key in self.pretrained or not self.left(key):
             return key
+        self.pretrained.add(key)
         say(f"{key} ...")
         bench = self.bench(dataset, 1, self.minutes)
         self.split(bench, 0)
@@ -101,6 +103,8 @@ class Methods(FewLabels):
 def report(runs: Mapping[str, Any], prefix: str) -> str:
     """Mean Dice and the seeds, by task and arm; arms with a tag come last."""
     found = gathered(runs, prefix)
+    if not found:
+        return learned(runs, prefix)
     tuned = sorted({arm for arms in found.values() for arm in arms} - set(ARMS))
     names = [*ARMS, *tuned]
     rows = [[task, *(mean_and_seeds(arms.get(arm, [])) for arm in names)] for task, arms in found.items()]

@@ -112,13 +112,13 @@ def _pretraining_rows() -> list[tuple[str, str, str]]:
 
 def _native_rows() -> list[tuple[str, str, str]]:
     runs, prefix = runs_of("native_spacing"), "full/fold0/15min/"
-    samples, difference = native_spacing.samples_in(runs, prefix), native_spacing.dice_difference(runs, prefix)
+    samples, differences = native_spacing.samples_in(runs, prefix), native_spacing.dice_differences(runs, prefix)
     rows, command = [], "python -m benchmarks.native_spacing --full"
-    if difference is not None:
-        seeds = len(native_spacing.seeds_in(runs, prefix))
-        counted = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    if differences:
+        counted = f"{len(differences)} seed{'s' if len(differences) > 1 else ''}"
         what = f"ACDC without resampling (`3d_native`) against `3d_fullres`, 15 minutes of training each, {counted}"
-        rows.append((f"{what}: difference in Dice", f"{difference:+.3f}", command))
+        seeds = " / ".join(f"{each:+.3f}" for each in differences)
+        rows.append((f"{what}: difference in Dice", f"{statistics.fmean(differences):+.3f} ({seeds})", command))
     native, resampled = (samples[arm] for arm in native_spacing.ARMS)
     if native:
         ratio = native_spacing.paired_ratio(native, resampled)["wall"]["median"]

@@ -43,6 +43,7 @@ class Machine:
         self.trained: list[tuple[Any, ...]] = []
         self.values: list[Any] = []
         self.weights: list[str | None] = []
+        self.labelled: list[int] = []
         self.commands: list[list[str]] = []
         self.answer: Callable[[Any, list[str], Path], object]
         monkeypatch.setenv("UMIT_DATA", str(root / "data"))
@@ -57,6 +58,9 @@ class Machine:
 
     def stage(self, bench: Any, folder: Path, name: str, trainer: str, plans: str, seconds: float, **named: Any) -> Any:
         weights = bool(named.get("pretrained_weights"))
+        if not self.prepared and bench.fold != "all":
+            split = json.loads((bench.base / "splits_final.json").read_text())[bench.fold]
+            self.labelled.append(len(split["train"]))
         self.values.append(named.get("values"))
         self.trained.append((bench.dataset, bench.configuration, bench.seed, trainer, plans, seconds, weights))
         copy = equal_time.plans_copy(plans, folder)
@@ -133,7 +137,7 @@ def test_native_spacing_trains_every_arm_and_seed_once_and_times_predictions_in_
     assert list(machine.runs("native_spacing")) == [f"full/fold0/15min/{key}" for key in expected]
     assert machine.runs("native_spacing")["full/fold0/15min/seed1/predict/1"]["cases"] == 2
     assert str(machine.root) not in (machine.root / "results" / "native_spacing.json").read_text()
-    assert "0.000 (bar -0.005: met)" in capsys.readouterr().out
+    assert "+0.000 (+0.000 / +0.000; bar -0.005: met)" in capsys.readouterr().out
 
 
 def test_a_prediction_that_left_images_out_is_no_timing(machine):
@@ -249,6 +253,10 @@ def test_every_method_pretrains_once_and_is_finetuned_with_every_seed(machine, c
     assert str(machine.root) not in (machine.root / "results" / "pretraining_methods.json").read_text()
     assert (machine.root / "results" / "pretraining_methods.png").stat().st_size > 0
     assert "Dataset027_ACDC/10" in capsys.readouterr().out
+    trained = len(machine.trained)
+    machine.main(pretraining_methods, "--again", "--arm", "mae", "--dataset", "27")
+    again = [each[3] for each in machine.trained[trained:]]
+    assert again == ["UMITPretrainTrainer", "UMITTrainer", "UMITTrainer"], "one pre-training for both seeds"
 
 
 def test_finetunings_are_tuned_on_another_fold_from_one_pretraining(machine, capsys):
@@ -264,6 +272,7 @@ def test_finetunings_are_tuned_on_another_fold_from_one_pretraining(machine, cap
     machine.main(pretraining_methods, *tuned, "--labelled", "5")
     runs = machine.runs("pretraining_methods")
     assert len(machine.trained) == 4 and runs[f"{prefix}5/seed1/mae"]["labelled"] == 5
+    assert machine.labelled == [12, 10, 10, 5], "cases of fold 1 where nnU-Net looks for them"
     assert runs[f"{prefix}10/seed1/mae+decay75"]["umit_values"] == {"finetune.layer_decay": 0.75}
     assert "mae+decay75" in capsys.readouterr().out
     assert not (machine.root / "results" / "pretraining_methods.png").exists(), "the picture is of fold 0"
@@ -325,13 +334,16 @@ def test_labels_are_counted_with_one_pretraining_and_its_early_encoders(machine,
     assert [each[5] for each in machine.trained if each[3] == "UMITPretrainTrainer"] == [3600.0]
     tuned = [each for each in machine.trained if each[3] == "UMITTrainer"]
     assert len(tuned) == 3 * 3 * 2 + 2 and {each[5] for each in tuned} == {300.0}
-    assert [each for each in machine.weights if each is not None][-2:] == ["600", "1800"]
+    assert [each for each in machine.weights if each is not None][3:5] == ["600", "1800"], "after the claim's seeds"
     runs = machine.runs("label_efficiency")
     early = runs["full/fold0/60min+5min/10/seed1/pretrained@10min"]
     assert early["pretrained_minutes"] == 10 and early["labelled"] == 10
     assert str(machine.root) not in (machine.root / "results" / "label_efficiency.json").read_text()
     printed = capsys.readouterr().out
-    assert "0.000 (bar 0.03: NOT met); the seeds OVERLAP" in printed
+    assert "3 seed(s): 0.000 (bar 0.03: NOT met); the seeds OVERLAP. The pre-trained arm had 60 more min" in printed
+    del runs["full/fold0/60min+5min/10/seed3/pretrained"]
+    runs["full/fold0/60min+5min/10/seed3/scratch"]["dice"]["mean"] = 0.9
+    assert "2 seed(s): 0.000" in label_efficiency.report(runs, "full/fold0/60min+5min/"), "the seeds that both have"
     assert "masked loss on 2 unseen cases: 0.750 (bar 0.8: met)" in printed
 
 
@@ -344,7 +356,7 @@ def test_predictions_of_all_arms_are_timed_in_turn(machine, monkeypatch, capsys)
         return 1_000_000
 
     monkeypatch.setattr(predict, "write_new_model", write_new_model)
-    start = dict.fromkeys((*predict.STARTS, "hook alone"), {"median": 5.0, "min": 4.0, "max": 6.0})
+    start = dict.fromkeys((*predict.STARTS, *predict.INSIDE), {"median": 5.0, "min": 4.0, "max": 6.0})
     monkeypatch.setattr(predict, "starts", lambda repeats: {"ms": start})
     seconds = itertools.count(1.0)
     monkeypatch.setattr(prediction, "child_cpu_s", lambda: next(seconds))

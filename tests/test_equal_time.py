@@ -227,6 +227,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "call", finish)
     write_plans(bench)
     folder = bench.run_folder("full/arm")
+    with pytest.raises(ValueError, match="fold 0 of Dataset004_Hippocampus is to be trained, but .* has 0 folds"):
+        bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
+    bench.set_fold({"train": ["a"], "val": ["b"]})
     for expected in (1, 2, 2):
         assert bench.run_folder("full/arm") == folder
         bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
@@ -234,6 +237,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     write_plans(bench, balance=0.5)
     bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
     assert len(calls) == 3, "other plans: what was trained with the old ones is not kept"
+    bench.set_fold({"train": ["a", "c"], "val": ["b"]})
+    bench.train(folder, "stock", trainer="T", plans="P", budget_s=1.0, epochs=2)
+    assert len(calls) == 4, "other cases"
     options.seed = 2
     bench.run_folder("full/arm")
     assert not (folder / "stock.report.json").exists(), "another run: nothing of the old one is kept"

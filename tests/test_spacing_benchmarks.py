@@ -166,20 +166,23 @@ def native_runs(native: list[float], resampled: list[float], walls: list[tuple[f
 
 
 @pytest.mark.parametrize(
-    ("native", "difference", "verdict"),
-    [([0.80, 0.82], 0.01, "0.010 (bar -0.005: met)"), ([0.79, 0.794], -0.008, "-0.008 (bar -0.005: NOT met)")],
+    ("native", "verdict"),
+    [
+        ([0.80, 0.82], "+0.010 (+0.000 / +0.020; bar -0.005: met)"),
+        ([0.79, 0.794], "-0.008 (-0.010 / -0.006; bar -0.005: NOT met)"),
+        ([0.812, 0.784], "-0.002 (+0.012 / -0.016; bar -0.005: undecided, the seeds disagree)"),
+    ],
 )
-def test_dice_on_the_native_grid_is_judged_over_the_seeds(native, difference, verdict):
+def test_dice_on_the_native_grid_is_judged_by_every_seed(native, verdict):
     runs = native_runs(native, [0.80, 0.80], [])
-    assert native_spacing.dice_difference(runs, "full/") == pytest.approx(difference)
     printed = native_spacing.report(runs, "full/")
     assert verdict in printed and "0.7000 / 0.8000 / 0.9000" in printed and "prediction" not in printed
 
 
 def test_a_seed_without_its_partner_does_not_count():
     runs = native_runs([0.80, 0.82], [0.80], [])
-    assert native_spacing.dice_difference(runs, "full/") == pytest.approx(0.0)
-    assert native_spacing.dice_difference({}, "full/") is None and native_spacing.report({}, "full/")
+    assert native_spacing.dice_differences(runs, "full/") == [0.0]
+    assert native_spacing.dice_differences({}, "full/") == [] and native_spacing.report({}, "full/")
 
 
 @pytest.mark.parametrize(("walls", "verdict"), [((10.0, 20.0), "0.500 (bar 1: met)"), ((21.0, 20.0), "NOT met")])
@@ -194,7 +197,7 @@ def test_finished_trainings_and_predictions_are_not_run_again(tmp_path, monkeypa
     for key, run in native_runs([0.8, 0.8], [0.8, 0.8], [(10.0, 20.0)] * 3).items():
         results.put(key.replace("full/", "full/fold0/15min/"), run)
     native_spacing.main(["--full", "--results", str(tmp_path)])
-    assert "0.000 (bar -0.005: met)" in capsys.readouterr().out
+    assert "+0.000 (+0.000 / +0.000; bar -0.005: met)" in capsys.readouterr().out
 
 
 def test_cpu_seconds_of_a_command_are_those_of_its_children():
