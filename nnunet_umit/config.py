@@ -55,6 +55,7 @@ class TrainingConfig:
             _require(
                 self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
             )
+        _require(self, "seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number >= 0")
         for name in ("learning_rate", "transformer_rate", "clip_norm"):
             _require(self, name, _number(getattr(self, name)) and getattr(self, name) > 0, "a number > 0")
         for name in (
@@ -188,11 +189,12 @@ class FinetuneConfig(TrainingConfig):
         _require(self, "layer_decay", _number(self.layer_decay) and 0 < self.layer_decay <= 1, "above 0, at most 1")
         _require(self, "balance", _number(self.balance) and 0 <= self.balance <= 1, "from 0 to 1")
         _require(self, "freeze", self.freeze in ("none", "encoder", "stem"), "'none', 'encoder' or 'stem'")
+        least = 0 if self.freeze == "none" else 1
         _require(
             self,
             "freeze_epochs",
-            isinstance(self.freeze_epochs, int) and self.freeze_epochs >= 0,
-            "a whole number >= 0",
+            isinstance(self.freeze_epochs, int) and self.freeze_epochs >= least,
+            f"a whole number >= {least} where freeze is {self.freeze!r}",
         )
         _require(self, "augmentation", self.augmentation in AUGMENTATIONS, "'auto', 'nnunet', 'light' or 'none'")
 

@@ -11,6 +11,7 @@ import tiny_training as tiny
 import torch
 from tiny_training import Killed, case_file, equal, folder_of, kill_at, log_of, weights
 
+from nnunet_umit.config import FinetuneConfig
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.base import use_own_cores
 from nnunet_umit.trainers.checkpoint import read_checkpoint
@@ -92,6 +93,10 @@ def test_unknown_configuration_cascade_and_unknown_key_are_refused(prepare: Call
     small["configurations"]["3d_fullres"]["patch_size"][1] = 3
     with pytest.raises(ValueError, match="smaller than one token .* along axis 1"):
         tiny.make_trainer(UMITTrainer, small)
+    thin = copy.deepcopy(plans)  # as a configuration that inherits the network of another may be
+    thin["configurations"]["3d_fullres"]["spacing"][0] = 3.0
+    with pytest.raises(ValueError, match=r"'3d_fullres' resamples images to \[3.0, 1.0, 1.0\] mm, but its network is"):
+        tiny.make_trainer(UMITTrainer, thin)
     cascade = copy.deepcopy(plans)
     cascade["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
     with pytest.raises(NotImplementedError, match="cascade"):
@@ -102,13 +107,25 @@ def test_unknown_configuration_cascade_and_unknown_key_are_refused(prepare: Call
         tiny.make_trainer(UMITTrainer, wrong)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"freeze": "encoder"}, "freeze_epochs is 0 but must be a whole number >= 1 where freeze is 'encoder'"),
+        ({"seed": -1}, "seed is -1 but must be a whole number >= 0"),
+    ],
+)
+def test_values_that_would_do_nothing_or_fail_later_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**values)
+
+
 def test_missing_folders_and_cases_name_the_remedy(
     prepare: Callable[..., dict], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = prepare()
     trainer = tiny.make_trainer(UMITTrainer, plans)
     (nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres").rename(nnunet_env.preprocessed / "elsewhere")
-    command = f"nnUNetv2_preprocess -d {tiny.NAME} -plans_name UMITPlans -c 3d_fullres"
+    command = "nnUNetv2_preprocess -d 902 -plans_name UMITPlans -c 3d_fullres"  # nnU-Net takes no name there
     with pytest.raises(FileNotFoundError, match=command):
         trainer.run_training()
     monkeypatch.delenv("nnUNet_results")
@@ -122,6 +139,8 @@ def test_missing_datasets_and_plans_name_the_command(prepare: Callable[..., dict
     require_plans(tiny.NAME, "UMITPlans")
     with pytest.raises(FileNotFoundError, match=r"there are plans UMITPlans \(option -p\).*-d 902 -pl UMITPlanner"):
         require_plans("902", "UMITPlansB")
+    with pytest.raises(FileNotFoundError, match=r"-d 902 -pl UMITPlanner"):
+        require_plans(tiny.NAME, "UMITPlansB")
     (nnunet_env.preprocessed / tiny.NAME / "UMITPlans.json").unlink()
     with pytest.raises(FileNotFoundError, match="UMITPlans.json does not exist.*has no plans yet"):
         require_plans("902", "UMITPlans")

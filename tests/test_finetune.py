@@ -13,8 +13,10 @@ import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_training import GEOMETRIES, Killed, case_file, folder_of, kill_at, log_of, weights
+from torch import nn
 
 from nnunet_umit.trainers import checkpoint as checkpoints
+from nnunet_umit.trainers import finetune, resume
 from nnunet_umit.trainers.finetune import LIGHT_BELOW, UMITTrainer, confusion
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
 from nnunet_umit.trainers.summary import summarise
@@ -88,6 +90,7 @@ def test_pseudo_dice_survives_absent_classes(prepare: Callable[..., dict]) -> No
         ({"augmentation": "light", "mirror_axes": [1, 2]}, (1, 2)),
         ({"augmentation": "light", "mirror_axes": []}, None),
         ({"augmentation": "none"}, None),
+        ({"augmentation": "none", "mirror_axes": [0, 1]}, None),
     ],
 )
 def test_mirrored_axes_follow_the_plan_into_prediction(prepare: Callable[..., dict], options: dict, axes: Any) -> None:
@@ -173,6 +176,29 @@ def test_frozen_encoder_rests_and_is_released(prepare: Callable[..., dict]) -> N
     assert not torch.equal(start["decoder.seg_layers.head0.weight"], first["decoder.seg_layers.head0.weight"])
     assert not torch.equal(first["encoder.stem.full.conv.weight"], last["encoder.stem.full.conv.weight"])
     assert "tensors are trained from now on" in log_of(trainer)
+
+
+def test_what_a_continued_training_releases_is_averaged_over_ranks(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP averages the gradients of what was trainable when it wrapped the network."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.averaged = module, [parameter.requires_grad for parameter in module.parameters()]
+
+    for room in (finetune, resume):
+        monkeypatch.setattr(room, "DistributedDataParallel", Wrapper)
+    monkeypatch.setattr(finetune, "wrap", lambda network, device: Wrapper(network))
+    plans = prepare(finetune={"freeze": "encoder", "freeze_epochs": 1})
+    tiny.make_trainer(UMITTrainer, plans).run_training()
+    again = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    again.initialize()
+    again.network = Wrapper(again.network)
+    assert not all(again.network.averaged)
+    again.load_checkpoint(str(folder_of(again) / "checkpoint_final.pth"))
+    assert all(again.network.averaged) and not isinstance(again.network.module, Wrapper)
 
 
 def test_drop_path_comes_from_the_finetune_section(prepare: Callable[..., dict]) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_training as tiny
@@ -48,6 +49,17 @@ def test_continuing_a_training_that_left_no_checkpoint_is_refused(prepare: Calla
     lost = tiny.make_trainer(UMITTrainer, plans, resume=True)
     with pytest.raises(CheckpointError, match=r"-pretrained_weights.*without --c"):
         lost.run_training()
+
+
+def test_continuing_starts_anew_however_the_folder_is_written(
+    prepare: Callable[..., dict], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = prepare()
+    monkeypatch.setenv("nnUNet_results", f"{nnunet_env.results.parent}//{nnunet_env.results.name}")
+    trainer = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    trainer.initialize()
+    trainer.begin_folder()
+    assert (folder_of(trainer) / checkpoints.LATEST).is_file()
 
 
 def test_a_former_training_is_moved_aside(prepare: Callable[..., dict]) -> None:

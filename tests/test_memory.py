@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +77,17 @@ def test_activations_grow_with_the_voxels(spacing: tuple[float, ...]) -> None:
     factor = torch.Size(large).numel() / torch.Size(small).numel()
     predicted = predict_training_memory(arch_kwargs, small, 1, 3).scaled(factor).total(2)
     assert predicted == pytest.approx(predict_training_memory(arch_kwargs, large, 1, 3).total(2), rel=0.02)
+
+
+def test_native_images_are_planned_with_their_full_size_logits() -> None:
+    """Many classes: what fits where deep supervision is of low resolution does not where all of it is of full."""
+    resampled = Task((1.0, 1.0, 1.0), (96.0,) * 3, 1e8, 1, 60, 6e9)
+    native = replace(resampled, native=True)
+    patches = [task.layout("tiny", 8) for task in (resampled, native)]
+    assert math.prod(patches[1].patch) < math.prod(patches[0].patch)
+    assert patches[1].memory.total(2) <= 6e9 and "native" not in patches[1].arch_kwargs
+    as_trained = predict_training_memory({**patches[1].arch_kwargs, "native": True}, patches[1].patch, 1, 60)
+    assert as_trained == patches[1].memory
 
 
 def test_total_is_linear_in_the_batch_and_fitting_batch_inverts_it() -> None:

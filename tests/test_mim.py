@@ -133,9 +133,10 @@ def test_what_the_pictures_show() -> None:
     assert output.logits.shape == (1, output.hidden.shape[1], 8)
 
 
-def checkpoint(folder: Path, normalisation: str = "ZScoreNormalization", **config: Any) -> Path:
+def checkpoint(folder: Path, normalisation: str = "ZScoreNormalization", seed: int = 3, **config: Any) -> Path:
     arch = {"spacing": (1.0, 1.0, 1.0), "token_size": 8}
-    torch.manual_seed(3)
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
     network = TokenizerTraining.from_plan(1, arch, TokenizerConfig(**{"dim": 16, "codes": 8, **config}))
     plans = {"configurations": {"base": {"normalization_schemes": [normalisation]}, "own": {"inherits_from": "base"}}}
     content = {"network_weights": network.state_dict(), "init_args": {"plans": plans, "configuration": "own"}}
@@ -149,6 +150,29 @@ def test_the_tokenizer_comes_with_pretrained_weights(tmp_path: Path) -> None:
     model.load_umit_pretrained(str(file))
     stored = torch.load(file, weights_only=True)["network_weights"]
     assert model.ready
+    assert all(torch.equal(value, stored["tokenizer." + name]) for name, value in model.tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_a_checkpoint_of_its_own_kind_brings_the_encoder_and_a_tokenizer_where_there_is_none(
+    tmp_path: Path, has_tokenizer: bool
+) -> None:
+    first, second = checkpoint(tmp_path / "first"), checkpoint(tmp_path / "second", seed=4)
+    source, model = build(), build()
+    source.load_umit_pretrained(str(second))
+    with torch.no_grad():
+        for parameter in source.encoder.parameters():
+            parameter.add_(1)
+    content = torch.load(second, weights_only=True) | {"network_weights": source.state_dict()}
+    torch.save(content, tmp_path / "soft_tokens.pth")
+    if has_tokenizer:
+        model.load_umit_pretrained(str(first))
+    report = model.load_umit_pretrained(str(tmp_path / "soft_tokens.pth"))
+    assert report is not None and report.fraction == 1.0 and model.ready
+    assert all(
+        torch.equal(value, source.encoder.state_dict()[name]) for name, value in model.encoder.state_dict().items()
+    )
+    stored = torch.load(first if has_tokenizer else second, weights_only=True)["network_weights"]
     assert all(torch.equal(value, stored["tokenizer." + name]) for name, value in model.tokenizer.state_dict().items())
 
 

@@ -14,7 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from tiny_training import Killed, curves, equal, folder_of, kill_at, weights
 
-from nnunet_umit.architectures.native import SPACING_CHANNELS, bucket
+from nnunet_umit.architectures.native import SPACING_CHANNELS, NativeView, append_spacing, bucket
 from nnunet_umit.plans.native import crop_shape, representative
 from nnunet_umit.spacing import Anisotropy
 from nnunet_umit.trainers import checkpoint as checkpoints
@@ -201,6 +201,39 @@ def test_a_patch_turns_with_the_image_when_slices_are_averaged(native: Callable[
         assert first.shape in native_shapes((8, 16, 24), ISOTROPIC, thickened=True)
         seen.add(first.axis)
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (0.3333333, 0.1666667, 0.1666667), (5.0, 0.31, 0.31)])
+def test_the_network_reads_the_level_that_the_batch_was_made_for(spacing: tuple[float, ...]) -> None:
+    """A ratio of 2 that has gone through a zoom, float32 and a tensor is still one of 2."""
+    table = CaseTable(["case"], np.asarray([spacing]), weights_of([1.0]), [])
+    made = NativeSamples(
+        None, table, batch_size=1, patch=(16, 16, 16), planned=ISOTROPIC, labels=NoLabels(), oversample_foreground=0.0,
+        jitter=Jitter(thicken=0.7, thickest=4, zoom=1.0), augmentation=Nothing(),
+    )  # fmt: skip
+    zoomed = 0
+    with random_state(0):
+        for _ in range(2000):
+            request = made.draw()[0]
+            zoomed += request.zoom != 1.0
+            batch = append_spacing(torch.zeros(1, 2, 2, 2), request.spacing)[None]
+            view = NativeView.of(batch)
+            assert bucket(spacing_of(batch[0])) == bucket(request.spacing) == request.shared[:3]
+            assert Anisotropy.from_spacings(view.spacings).level == request.shared[1]
+    assert zoomed > 500
+
+
+def test_a_zoom_asks_for_no_more_slices_than_were_planned() -> None:
+    """5 mm slices of 1 mm pixels are of level 2; zoomed by 1.4 they would be of level 1, with twice the slices."""
+    table = CaseTable(["case"], np.asarray([(5.0, 1.0, 1.0)]), weights_of([1.0]), [])
+    made = NativeSamples(
+        None, table, batch_size=1, patch=(20, 256, 256), planned=Anisotropy(5.0), labels=NoLabels(),
+        oversample_foreground=0.0, jitter=Jitter(zoom=1.0), augmentation=Nothing(),
+    )  # fmt: skip
+    with random_state(0):
+        requests = [made.draw()[0] for _ in range(300)]
+    assert {request.shape for request in requests} == {(20, 256, 256)}
+    assert 1.2 < max(request.zoom for request in requests) < 1.25 and min(request.zoom for request in requests) < 0.75
 
 
 def test_labels_of_thick_slices_are_drawn_by_their_share() -> None:

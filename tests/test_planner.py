@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -197,6 +198,9 @@ def test_2d_dataset_has_only_2d(invent: Callable[..., str], capsys: pytest.Captu
     assert native["patch_size"] == [1, *plans["configurations"]["2d"]["patch_size"]]
     assert native["architecture"]["arch_kwargs"]["strides"][1] == [1, 2, 2] and native["spacing"] == [999.0, 1.0, 1.0]
     assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["token_size"] == 8
+    mirrored = [plans["configurations"][name]["umit"][section]["mirror_axes"] for name, section in
+                itertools.product(("2d", "3d_native"), ("pretrain", "tokenizer", "finetune"))]  # fmt: skip
+    assert mirrored == [[0, 1]] * 3 + [[1, 2]] * 3, "height and width, which a volume of one slice has behind its depth"
     assert "nnUNetv2_train 901 2d 0 -tr UMITTrainer" in capsys.readouterr().out
 
 

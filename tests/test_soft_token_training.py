@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import tiny_training as tiny
+import torch
 from tiny_training import GEOMETRIES, Killed, curves, equal, folder_of, kill_at, log_of, weights
 
+from nnunet_umit.architectures.tokenizer_training import TokenizerTraining
 from nnunet_umit.trainers.checkpoint import read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer
+from nnunet_umit.trainers.guard import NonFiniteLossError
 from nnunet_umit.trainers.soft_tokens import UMITSoftTokenPretrainTrainer
 from nnunet_umit.trainers.tokenizer import UMITTokenizerTrainer
 
@@ -90,11 +93,36 @@ def test_killed_soft_token_pretraining_needs_nothing_but_its_checkpoint(prepare:
     assert bool(read_checkpoint(folder_of(again) / "checkpoint_final.pth")["network_weights"]["ready"])
 
 
+def test_the_tokenizer_of_the_plans_is_read_at_the_beginning_only(prepare: Callable[..., dict]) -> None:
+    plans = prepare()
+    source = finished_tokenizer(plans) / "checkpoint_final.pth"
+    plans["configurations"]["3d_fullres"]["umit"]["pretrain"]["tokenizer"] = str(source)
+    trainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans, resume=True)  # --c in an empty folder
+    trainer.run_training()
+    source.unlink()
+    validating = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)  # --val
+    validating.load_checkpoint(str(folder_of(trainer) / "checkpoint_final.pth"))
+    assert equal(weights(validating), weights(trainer)) and bool(validating.model().ready)
+
+
 def test_without_a_tokenizer_nothing_begins(prepare: Callable[..., dict]) -> None:
     trainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, prepare())
     with pytest.raises(RuntimeError, match=r"UMITTokenizerTrainer.*-pretrained_weights.*umit.pretrain.tokenizer"):
         trainer.run_training()
     assert not (folder_of(trainer) / "checkpoint_latest.pth").exists()
+
+
+def test_a_bad_discriminator_is_not_excused_by_a_good_tokenizer(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(network: TokenizerTraining, output: Any) -> torch.Tensor:
+        return output.local * torch.nan
+
+    monkeypatch.setattr(TokenizerTraining, "discriminator_loss", nowhere)
+    options = {"discriminator": 0.01, "max_nonfinite": 4, "iterations_per_epoch": 9}
+    trainer = tiny.make_trainer(UMITTokenizerTrainer, prepare(tokenizer=options))
+    with pytest.raises(NonFiniteLossError, match="loss of the discriminator was not finite in 4 steps in a row"):
+        trainer.run_training()
 
 
 def test_a_collapse_is_warned_of_with_what_to_change(prepare: Callable[..., dict]) -> None:

@@ -18,10 +18,47 @@ from nnunet_umit.trainers import base
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.checkpoint import read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer
+from nnunet_umit.trainers.guard import NonFiniteLossError
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+class Scaler:
+    """Stands in for the scaler of float16, which only GPUs have."""
+
+    def __init__(self, scale: float) -> None:
+        self.factor = scale
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * torch.nan
+
+    def unscale_(self, optimizer: Any) -> None:
+        pass
+
+    def step(self, optimizer: Any) -> None:
+        pass
+
+    def update(self) -> None:
+        self.factor /= 2
+
+    def get_scale(self) -> float:
+        return self.factor
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+
+def test_a_gradient_that_no_scale_makes_finite_stops_the_training(prepare: Callable[..., dict]) -> None:
+    """Overflows while the scale is found are none of the images' fault, and not counted."""
+    plans = prepare(pretrain={"iterations_per_epoch": 9, "max_nonfinite": 3})
+    trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
+    trainer.initialize()
+    trainer.grad_scaler = Scaler(4.0)
+    with pytest.raises(NonFiniteLossError, match="the gradient was not finite in 3 steps in a row .* case_"):
+        trainer.run_training()
+    assert trainer.guard.total == 3 and trainer.iteration() == 4, "the scales 2 and 1 were not held against it"
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

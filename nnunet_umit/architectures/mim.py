@@ -23,7 +23,7 @@ from nnunet_umit.architectures.quantiser import token_entropy
 from nnunet_umit.architectures.rope import rotary_table
 from nnunet_umit.architectures.stem import take_tokens
 from nnunet_umit.architectures.tokenizer import SoftTokenizer, View, load_tokenizer
-from nnunet_umit.architectures.transfer import Transferable, TransferReport, load_state
+from nnunet_umit.architectures.transfer import Transferable, TransferReport, load_state, transfer_encoder
 from nnunet_umit.config import PretrainConfig, TokenizerConfig
 from nnunet_umit.spacing import TokenGrid
 
@@ -169,14 +169,20 @@ class SoftTokenModel(Transferable):
     def load_umit_pretrained(self, path: str) -> TransferReport | None:  # type: ignore[override]
         """Take the tokenizer of a checkpoint; or, once there is one, the encoder of another pre-training.
 
+        A checkpoint of this kind of pre-training has both: the encoder is taken, and the tokenizer unless there is one.
+
         Raises:
             ValueError: the tokenizer does not fit (grid, channels, normalisation), or the file holds neither.
         """
-        state, _ = load_state(path)
-        if any(name.startswith("encoder.") for name in state) and bool(self.ready):
-            return super().load_umit_pretrained(path)
-        self.take_tokenizer(path)
-        return None
+        state, card = load_state(path)
+        has_encoder = any(name.startswith("encoder.") for name in state)
+        if not (has_encoder and bool(self.ready)):
+            self.take_tokenizer(path)
+        if not has_encoder:
+            return None
+        state = {name: value for name, value in state.items() if not name.startswith("tokenizer.") and name != "ready"}
+        self.transfer_report = transfer_encoder(state, self, source=str(path), card=card)
+        return self.transfer_report
 
     def take_tokenizer(self, path: str) -> None:
         """Load and check a tokenizer; it is part of the state from now on.

@@ -88,7 +88,7 @@ class NativeView:
                 f"{tuple(batch.shape)}; preprocess with nnUNetv2_preprocess -plans_name UMITPlans -c 3d_native"
             )
         channels = batch[:, -SPACING_CHANNELS:]
-        read = [tuple(round(value, 6) for value in row) for row in channels.amax((2, 3, 4)).tolist()]
+        read = [tuple(row) for row in channels.amax((2, 3, 4)).tolist()]
         if any(not math.isfinite(value) or value <= 0 for row in read for value in row):
             raise ValueError(f"spacing channels must hold positive mm somewhere in the tile, but they hold {read}")
         if len({bucket(row) for row in read}) > 1:

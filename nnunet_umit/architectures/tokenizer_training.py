@@ -92,7 +92,8 @@ class TokenizerTraining(nn.Module):
         view = self.tokenizer.view(batch)
         tokens = self.tokenizer.tokenize(view, temperature)
         reconstruction = self.tokenizer.decode(tokens.codes, view)
-        usage = pooled_mean(tokens.probabilities)
+        # ranks validate different numbers of images, and draw on one rank alone: no rank may wait for another there
+        usage = pooled_mean(tokens.probabilities) if self.training else tokens.probabilities.flatten(0, -2).mean(0)
         entropy = token_entropy(tokens.logits).mean()
         made, image = as_volume(reconstruction), as_volume(view.image)
         losses = absolute_error(made.float(), image.float())

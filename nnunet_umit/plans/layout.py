@@ -39,6 +39,7 @@ class Task:
         dataset_voxels: voxels of all training images together.
         target_bytes: memory that a training step may take.
         reach: voxels per axis that a patch need not exceed, because no label lies further; None: the whole image.
+        native: images come as they are; then all logits are at full resolution, which takes memory.
     """
 
     spacing: tuple[float, ...]
@@ -48,6 +49,7 @@ class Task:
     num_classes: int
     target_bytes: float
     reach: tuple[float, ...] | None = None
+    native: bool = False
 
     @property
     def anisotropy(self) -> Anisotropy:
@@ -141,4 +143,5 @@ class Task:
         return Layout(arch_kwargs, token, patch, final)
 
     def _predict(self, arch_kwargs: dict[str, Any], patch: sizing.Shape) -> TrainingMemory:
-        return predict_training_memory(arch_kwargs, patch, self.input_channels, self.num_classes)
+        given = {**arch_kwargs, "native": True} if self.native else arch_kwargs
+        return predict_training_memory(given, patch, self.input_channels, self.num_classes)

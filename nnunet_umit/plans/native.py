@@ -58,15 +58,17 @@ def native_configuration(configuration: dict[str, Any], extent: NativeExtent) ->
     """
     spacing, shape, patch = extent.spacing, extent.shape, configuration["patch_size"]
     architecture = configuration["architecture"]
-    arch_kwargs = {**architecture["arch_kwargs"], "native": True}
+    arch_kwargs, umit = {**architecture["arch_kwargs"], "native": True}, configuration["umit"]
     if len(spacing) == 2:
         spacing, shape, patch = (NO_DEPTH * min(spacing), *spacing), (1.0, *shape), [1, *patch]
         arch_kwargs["strides"] = [[1, *stride] for stride in arch_kwargs["strides"]]
+        umit = {name: _of_volume(section) for name, section in umit.items()}
     kinds = ("data", "seg", "probabilities")
     return {
         **configuration,
         "patch_size": patch,
         "architecture": {**architecture, "arch_kwargs": {**arch_kwargs, "spacing": list(spacing)}},
+        "umit": umit,
         "preprocessor_name": "UMITNativePreprocessor",
         "median_image_size_in_voxels": list(shape),
         "spacing": list(spacing),
@@ -74,6 +76,13 @@ def native_configuration(configuration: dict[str, Any], extent: NativeExtent) ->
         **{f"resampling_fn_{kind}": "no_resampling_hack" for kind in kinds},
         **{f"resampling_fn_{kind}_kwargs": {} for kind in kinds},
     }
+
+
+def _of_volume(section: Any) -> Any:
+    """A section of the umit block that was planned for slices: its axes are those of a volume."""
+    if not isinstance(section, dict) or section.get("mirror_axes") is None:
+        return section
+    return {**section, "mirror_axes": [axis + 1 for axis in section["mirror_axes"]]}
 
 
 def thick_first(spacing: Sequence[float], values: Sequence[float]) -> list[float]:

@@ -117,7 +117,10 @@ class UMITPlanner(ExperimentPlanner):
         extent = representative(spacings.tolist(), shapes.tolist())
         voxels = float(shapes.prod(1).mean()) * self.dataset_json["numTraining"]
         configuration = self._configuration(
-            self._task(extent.spacing, extent.shape, voxels, self._labelled().native_reach(extent.spacing)),
+            replace(
+                self._task(extent.spacing, extent.shape, voxels, self._labelled().native_reach(extent.spacing)),
+                native=True,
+            ),
             self.generate_data_identifier("3d_native"),
             thicken=THICKEN,
             token_size=resampled["architecture"]["arch_kwargs"]["token_size"],

@@ -231,10 +231,11 @@ class UMITBaseTrainer(LoadingTrainer):
         if self.grad_scaler is not None:  # float16: the scaler skips overflowing steps by itself
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-            return True
+            # an overflow is how the scaler finds its scale; below 1 it is the gradient itself that is not finite
+            return bool(torch.isfinite(norm)) or self.grad_scaler.get_scale() >= 1
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)  # equal on all ranks: already summed
         if not bool(torch.isfinite(norm)):

@@ -78,10 +78,8 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         return rotation, dummy_2d, initial_patch_size, axes
 
     def mirrored_axes(self) -> tuple[int, ...] | None:
-        """As the plan says; where it says nothing, ``augmentation`` "none" mirrors none."""
-        if self.config.mirror_axes is None and self.config.augmentation == "none":
-            return None
-        return super().mirrored_axes()
+        """As the plan says; ``augmentation`` "none" mirrors nothing, in prediction neither."""
+        return None if self.config.augmentation == "none" else super().mirrored_axes()
 
     def training_transforms(
         self, patch: Any, rotation: Any, mirror_axes: Any, dummy_2d: bool, scales: Any
@@ -124,8 +122,12 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         return optimiser_and_schedule
 
     def _freeze(self, epoch: int) -> int:
+        """Freeze or release for an epoch; returns how many tensors changed."""
         frozen = epoch < self.config.freeze_epochs
-        return set_trainable(frozen_parameters(self.unwrapped(), self.config.freeze), not frozen)
+        changed = set_trainable(frozen_parameters(self.unwrapped(), self.config.freeze), not frozen)
+        if changed and isinstance(self.network, DistributedDataParallel):  # it remembers which gradients to expect
+            self.network = wrap(self.network.module, self.device)
+        return changed
 
     # ----------------------------------------------------------------------------------------------- epochs
 
@@ -137,8 +139,6 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
                 f"{self.config.freeze}: {changed} tensors are "
                 f"{'frozen' if self.current_epoch < self.config.freeze_epochs else 'trained from now on'}"
             )
-            if isinstance(self.network, DistributedDataParallel):  # it remembers which gradients to expect
-                self.network = wrap(self.network.module, self.device)
         super().on_train_epoch_start()
 
     def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:

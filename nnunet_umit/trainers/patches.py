@@ -188,18 +188,19 @@ class NativeSamples:
             zoom = float(np.random.uniform(*self.jitter.zooms))
             zoomed = self._zoomed(patch, spacing, zoom)
             zoom, spacing = (1.0, spacing) if zoomed is None else (zoom, zoomed)
-        shape = crop_shape(patch, self.planned, spacing)
-        return NativeRequest(
-            row, self.table.cases[row], (spacing[0], spacing[1], spacing[2]), shape, zoom, slices, axis
-        )
+        depth, height, width = (float(np.float32(value)) for value in spacing)  # what the network will read
+        shape = crop_shape(patch, self.planned, (depth, height, width))
+        return NativeRequest(row, self.table.cases[row], (depth, height, width), shape, zoom, slices, axis)
 
     def _zoomed(self, patch: Sequence[int], spacing: Sequence[float], zoom: float) -> list[float] | None:
         """The spacing after a zoom: of all axes, or within thick slices; None where it would turn one kind into the
-        other."""
-        in_plane = rotates_in_plane(crop_shape(patch, self.planned, spacing))
+        other, or ask for more slices than the patch was planned with."""
+        before = crop_shape(patch, self.planned, spacing)
+        in_plane = rotates_in_plane(before)
         fixed = thick_axis(spacing) if in_plane else None
         zoomed = [value if axis == fixed else value * zoom for axis, value in enumerate(spacing)]
-        return zoomed if rotates_in_plane(crop_shape(patch, self.planned, zoomed)) == in_plane else None
+        after = crop_shape(patch, self.planned, zoomed)
+        return zoomed if rotates_in_plane(after) == in_plane and after[0] <= max(before[0], patch[0]) else None
 
     def make(self, request: NativeRequest, position: int) -> tuple[torch.Tensor, Any, str, str]:
         """Image (C + 3, *crop) and target (1, *crop); they are augmented with the thick axis in front."""

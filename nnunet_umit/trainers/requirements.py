@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,15 @@ from nnunet_umit.plans.corpus import FILE
 from nnunet_umit.plans.sizing import check_patch
 from nnunet_umit.spacing import Anisotropy
 
+SAME_SPACING = 1e-3
+
 
 def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
     """The umit block of a configuration.
 
     Raises:
-        ValueError: plans of another planner, a configuration that does not exist, or a patch smaller than one token.
+        ValueError: plans of another planner, a configuration that does not exist, a network for another spacing than
+            the images are resampled to, or a patch smaller than one token.
         NotImplementedError: a cascade.
     """
     names = list(plans["configurations"])
@@ -31,6 +37,8 @@ def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
     manager = PlansManager(plans).get_configuration(configuration)
     umit = get_umit_config(manager)
     network = manager.network_arch_init_kwargs
+    if not network.get("native"):
+        _require_spacing(configuration, manager.spacing, network["spacing"])
     token = Anisotropy.from_spacing(network["spacing"]).token(network["token_size"])
     check_patch(manager.patch_size, token[3 - len(manager.patch_size) :])
     if manager.previous_stage_name is not None:
@@ -39,6 +47,17 @@ def read_plan(plans: dict[str, Any], configuration: str) -> UMITConfig:
             "its extra input channels would not fit a pre-trained encoder; use 3d_fullres or 2d of -pl UMITPlanner"
         )
     return umit
+
+
+def _require_spacing(configuration: str, images: Sequence[float], network: Sequence[float]) -> None:
+    """An inherited configuration may have a spacing of its own, and still the network of its parent."""
+    pairs = zip(images, network, strict=False)
+    if len(images) != len(network) or not all(math.isclose(*pair, rel_tol=SAME_SPACING) for pair in pairs):
+        raise ValueError(
+            f"configuration {configuration!r} resamples images to {list(images)} mm, but its network is planned for "
+            f"{list(network)} mm; set architecture.arch_kwargs.spacing in the plans to the former (and strides, where "
+            "the slices become thicker or thinner)"
+        )
 
 
 def require_plans(dataset: str | int, plans_name: str) -> None:
@@ -58,7 +77,7 @@ def require_plans(dataset: str | int, plans_name: str) -> None:
     except RuntimeError as error:  # nnU-Net: no such id, or several datasets share it
         raise FileNotFoundError(
             f"dataset {text}: {error} Put it into {nnUNet_raw}, then run: "
-            f"nnUNetv2_plan_and_preprocess -d {text} -pl UMITPlanner"
+            f"nnUNetv2_plan_and_preprocess -d {number_of(text)} -pl UMITPlanner"
         ) from error
     folder = Path(str(nnUNet_preprocessed)) / name
     for file in (folder / f"{plans_name}.json", folder / "dataset.json"):
@@ -67,8 +86,14 @@ def require_plans(dataset: str | int, plans_name: str) -> None:
             found = f"there are plans {', '.join(planned)} (option -p)" if planned else "it has no plans yet"
             raise FileNotFoundError(
                 f"{file} does not exist; of dataset {name} {found}; run: "
-                f"nnUNetv2_plan_and_preprocess -d {text} -pl UMITPlanner"
+                f"nnUNetv2_plan_and_preprocess -d {number_of(name)} -pl UMITPlanner"
             )
+
+
+def number_of(dataset: str) -> str:
+    """What nnU-Net's planning commands take for ``-d``: a number, never a name."""
+    found = re.match(r"Dataset(\d{3})", dataset)
+    return str(int(found[1])) if found else dataset
 
 
 def require_folders() -> None:
@@ -89,6 +114,7 @@ def require_cases(trainer: Any) -> None:
         )
     if not folder.is_dir() or not any(file.suffix in (".b2nd", ".npz") for file in folder.iterdir()):
         raise FileNotFoundError(
-            f"no preprocessed cases in {folder}; run: nnUNetv2_preprocess -d {trainer.plans_manager.dataset_name} "
+            f"no preprocessed cases in {folder}; run: "
+            f"nnUNetv2_preprocess -d {number_of(trainer.plans_manager.dataset_name)} "
             f"-plans_name {trainer.plans_manager.plans_name} -c {trainer.configuration_name}"
         )

@@ -45,7 +45,8 @@ class ResumableTrainer(nnUNetTrainer):
         """
         folder = Path(self.output_folder)
         if self.local_rank == 0 and not self.disable_checkpointing:
-            earlier = [log.name for log in folder.glob("training_log_*.txt") if str(log) != str(self.log_file)]
+            own = Path(self.log_file).name  # nnU-Net joins its path as the environment variable is written
+            earlier = [log.name for log in folder.glob("training_log_*.txt") if log.name != own]
             if self.continue_requested and earlier:
                 raise checkpoints.CheckpointError(
                     f"--c was given, and a training began in {folder} ({min(earlier)}), but it was stopped before its "

@@ -30,6 +30,7 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
     method = "masked soft tokens"
     card_method = "masked soft-token modelling on a spacing-adaptive transformer (arXiv 2312.07630)"
     loss_name, score_name = "cross_entropy", "information_explained"
+    restoring = False  # from a checkpoint, which holds the tokenizer
 
     @staticmethod
     def build_network_architecture(
@@ -56,8 +57,13 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
     def initialize(self) -> None:
         """As for every training without labels, with the tokenizer that the plans name."""
         super().initialize()
-        if self.config.tokenizer is not None and not self.continue_requested:
+        if self.config.tokenizer is not None and not (self.continue_requested or self.restoring):
             self.model().take_tokenizer(self.config.tokenizer)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As for every UMIT trainer; the file that the plans name may be gone."""
+        self.restoring = True
+        super().load_checkpoint(filename_or_checkpoint)
 
     def on_train_start(self) -> None:
         """Refuse to begin without a tokenizer.
@@ -67,6 +73,8 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
         """
         if not self.was_initialized:
             self.initialize()
+        if self.config.tokenizer is not None and not bool(self.model().ready):  # --c, and nothing to continue
+            self.model().take_tokenizer(self.config.tokenizer)
         if not bool(self.model().ready):
             raise RuntimeError(
                 "there is no tokenizer to predict the tokens of; train one with -tr UMITTokenizerTrainer and give its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from nnunet_umit.architectures.quantiser import perplexity
 from nnunet_umit.architectures.tokenizer_training import TokenizerOutput, TokenizerTraining, as_volume
 from nnunet_umit.config import TokenizerConfig, get_umit_config
 from nnunet_umit.trainers.base import finite_mean
-from nnunet_umit.trainers.guard import agreed
+from nnunet_umit.trainers.guard import NonFiniteGuard, agreed
 from nnunet_umit.trainers.optimisation import is_vector
 from nnunet_umit.trainers.pictures import TOKENS, Panel, draw_usage
 from nnunet_umit.trainers.selfsupervised import SelfSupervisedTrainer
@@ -84,6 +85,11 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
 
     # ------------------------------------------------------------------------------------------------ steps
 
+    @functools.cached_property
+    def second_guard(self) -> NonFiniteGuard:
+        """Of the discriminator: good steps of the one network do not excuse bad ones of the other."""
+        return NonFiniteGuard(self.config.max_nonfinite, self.print_to_log_file, self.name_last_good)
+
     def temperature(self) -> float:
         """Of the Gumbel noise: a cosine from 0.9 to nearly 0 over the training."""
         done = min((self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs, 1.0)
@@ -106,7 +112,7 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
             with self.autocast():
                 loss = network.discriminator_loss(output)
             finite = agreed(torch.isfinite(loss.detach()), self.is_ddp) and self._update(loss)
-            self.guard.accept(finite, batch["keys"], step=self.iteration() - 1, what="loss of the discriminator")
+            self.second_guard.accept(finite, batch["keys"], step=self.iteration() - 1, what="loss of the discriminator")
         return result
 
     def evaluate(self, images: torch.Tensor, generators: Any) -> TokenizerOutput:

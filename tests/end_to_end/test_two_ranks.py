@@ -24,12 +24,13 @@ def train(rank: int, trainer_name: str, plans: dict[str, Any], port: int, folder
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
-    from nnunet_umit.trainers import finetune, pretrain
+    from nnunet_umit.trainers import finetune, pretrain, tokenizer
 
-    trainer_class = getattr(finetune, trainer_name, None) or getattr(pretrain, trainer_name)
+    rooms = (finetune, pretrain, tokenizer)
+    trainer_class = next(getattr(room, trainer_name) for room in rooms if hasattr(room, trainer_name))
     trainer = tiny.make_trainer(trainer_class, plans)
     trainer.run_training()
-    if trainer_name == "UMITPretrainTrainer":
+    if trainer_name != "UMITTrainer":
         trainer.perform_actual_validation()
     torch.save(
         {
@@ -47,6 +48,7 @@ def train(rank: int, trainer_name: str, plans: dict[str, Any], port: int, folder
     ("trainer_name", "options", "broken"),
     [
         ("UMITPretrainTrainer", {}, False),
+        ("UMITTokenizerTrainer", {"picture_every": 1}, False),
         ("UMITTrainer", {"freeze": "encoder", "freeze_epochs": 1, "drop_path": 0.2}, False),
         ("UMITTrainer", {"iterations_per_epoch": 5, "max_nonfinite": 50}, True),
     ],
@@ -55,9 +57,9 @@ def test_two_ranks_stay_equal(
     nnunet_env: Any, tmp_path: Path, trainer_name: str, options: dict[str, Any], broken: bool
 ) -> None:
     """Same weights on both ranks after a training, even if only one of them met a broken image."""
-    section = "pretrain" if trainer_name == "UMITPretrainTrainer" else "finetune"
-    plans = tiny.make_plans(batch=3, **{section: options})
-    cases = tiny.write_preprocessed(nnunet_env.preprocessed, plans)
+    sections = {"UMITPretrainTrainer": "pretrain", "UMITTokenizerTrainer": "tokenizer", "UMITTrainer": "finetune"}
+    plans = tiny.make_plans(batch=3, **{sections[trainer_name]: options})
+    cases = tiny.write_preprocessed(nnunet_env.preprocessed, plans, cases=5)  # one rank validates more than the other
     if broken:
         tiny.spoil(cases / "case_001.b2nd")
     multiprocessing.spawn(train, args=(trainer_name, plans, free_port(), str(tmp_path)), nprocs=2)
