@@ -219,6 +219,7 @@ class Robustness:
             "model": str(bench.model(folder, how.trainer, how.plans)),
             "fold": FOLD,
             "threads": self.options.threads,
+            "device": self.options.device,
             "folders": [[str(self.images / each.name), str(output)] for each, output in outputs.items()],
         }
         write_json(folder / "prediction.job.json", job)

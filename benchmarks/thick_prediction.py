@@ -19,13 +19,13 @@ DONE = "finished"
 
 
 def main() -> None:
-    """Run the job: ``model``, ``fold``, ``threads`` and ``folders`` (pairs of image and output folder)."""
+    """Run the job: ``model``, ``fold``, ``threads``, ``device`` and ``folders`` (pairs of image and output folder)."""
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
-    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device(job["device"]), allow_tqdm=False)
     # weights only: the trainer of stock Primus cannot load its own checkpoints, its network can
     predictor.initialize_from_trained_model_folder(job["model"], (job["fold"],), "checkpoint_final.pth")
     for images, output in job["folders"]:
