@@ -65,6 +65,7 @@ STOCK = {
     "resenc_m": ("nnUNetTrainer", "nnUNetResEncUNetMPlans"),
     "primus_s": ("nnUNet_Primus_S_Trainer", STOCK_PLANS),
 }
+IN_NO_KEY = ("planner", "threads", "pretrain_share", "validation_cases")  # options that a key does not tell
 ARMS = (*STOCK, "umit_scratch", "umit_shared")
 
 
@@ -210,10 +211,12 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results("accuracy", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
     prefix = f"{mode}/{options.task}/fold{options.validation_fold}/{minutes:.3g}min/"
+    asked = {name: getattr(options, name) for name in IN_NO_KEY}
+    asked = {name: value for name, value in asked.items() if value != options_parser.get_default(name)}
     todo = []
     for seed, arm in seeds_of(options, task):
         key = f"{prefix}seed{seed}/{arm}{tagged(options) if arm not in STOCK else ''}"
-        if results.get(key) is None or options.again:
+        if options.again or results.get(key, asked) is None:
             todo.append((seed, arm, key))
     settings = {name: getattr(options, name) for name in ("quick", "threads", "set", "pretrain_share", "planner")}
     benches = {
@@ -226,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
             benches[todo[0][0]].prepare(wanted)
             for seed, arm, key in todo:
                 say(f"{key} ...")
-                results.put(key, run_arm(benches[seed], arm, key, minutes))
+                results.put(key, run_arm(benches[seed], arm, key, minutes), asked)
     say(report(results.runs, prefix))
     if options.validation_fold == 0:
         plot(results.runs, prefix, results.path.with_name(f"{picture_name(options.task, minutes, options.quick)}.png"))

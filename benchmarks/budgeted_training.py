@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import say, write_json
+from benchmarks.common import code_version, date_now, say, write_json
 
 PROBE_STEPS = 3  # of each of its two epochs, or more where they fit; the faster epoch counts
 NEVER = 1_000_000_000
@@ -225,6 +225,8 @@ def train(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
     return report | {
         "trainer": job["trainer"],
         "plans": job["plans"],
+        "trained": {"date": date_now(), "code": code_version()},
+        "augmentation": getattr(trainer, "augmentation", None),  # of UMITTrainer, where the plans leave it open
         "epochs": len(epochs),
         "iterations": sum(epoch["iterations"] for epoch in epochs),
         "iterations_of_epochs": [epoch["iterations"] for epoch in epochs],

@@ -10,8 +10,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +107,25 @@ def versions(extra: Iterable[str] = ()) -> dict[str, str]:
     return found
 
 
+def date_now() -> str:
+    """In UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def code_version() -> str | None:
+    """The commit of the checkout that runs, with ``-dirty`` where files differ from it; None outside of one."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an installed or copied folder
+        return None
+
+
 def provenance(extra_packages: Iterable[str] = ()) -> dict[str, Any]:
     """When, on what, and with which versions a run was made. Stored with every run: a file may span machines."""
     return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": date_now(),
+        "code": code_version(),
         "machine": machine(),
         "versions": versions(extra_packages),
     }
@@ -125,6 +142,21 @@ def write_json(path: Path, content: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+PLACES = ("--work", "--results", "--nnssl")  # options whose values are paths of a machine
+
+
+def options_given(arguments: Sequence[str] | None = None) -> list[str]:
+    """Command line of this process without the paths in it."""
+    kept: list[str] = []
+    words = iter(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if word in PLACES:
+            next(words, None)
+        elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
+            kept.append(Path(word).name if os.path.isabs(word) else word)
+    return kept
 
 
 class Results:
@@ -149,13 +181,26 @@ class Results:
         """Finished runs by key."""
         return dict(self.content["runs"])
 
-    def get(self, key: str) -> Any:
-        """The run stored under ``key``, or None."""
-        return self.content["runs"].get(key)
+    def get(self, key: str, settings: Mapping[str, Any] | None = None) -> Any:
+        """The run stored under ``key``, or None.
 
-    def put(self, key: str, run: Any) -> None:
-        """Store one finished run and write the file."""
-        self.content["runs"][key] = run
+        Args:
+            settings: options that change the figure, are not part of the key, and are not the defaults.
+
+        Raises:
+            ValueError: the stored run had others.
+        """
+        run = self.content["runs"].get(key)
+        if run is not None and settings is not None and run.get("settings", {}) != dict(settings):
+            raise ValueError(
+                f"{self.path.name} has {key} with {run.get('settings') or 'the default options'}, and now "
+                f"{dict(settings) or 'the default options'} are asked for; give another --results folder"
+            )
+        return run
+
+    def put(self, key: str, run: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
+        """Store one finished run, with the options of the command that made it, and write the file."""
+        self.content["runs"][key] = {**run, "options": options_given(), **({"settings": settings} if settings else {})}
         write_json(self.path, self.content)
 
 

@@ -56,16 +56,25 @@ class FewLabels:
         return self.results.get(key) is None or self.options.again
 
     def finetune(
-        self, key: str, dataset: str, labelled: int, seed: int, minutes: float, weights: str | None, **described: Any
+        self,
+        key: str,
+        dataset: str,
+        labelled: int,
+        seed: int,
+        minutes: float,
+        weights: str | None,
+        values: Mapping[str, Any] | None = None,
+        **described: Any,
     ) -> None:
-        """Fine-tune and validate; the result says what was asked for."""
+        """Fine-tune, with ``values`` of the umit block, and validate; the result says what was asked for."""
         say(f"{key} ...")
         bench = self.bench(dataset, seed, minutes)
         chosen = self.split(bench, labelled)
         folder, started = bench.run_folder(key), time.perf_counter()
         stage = bench.stage(
-            folder, "finetune", "UMITTrainer", PLANS, minutes * 60, validate=True, pretrained_weights=weights
-        )
+            folder, "finetune", "UMITTrainer", PLANS, minutes * 60, values=values, validate=True,
+            pretrained_weights=weights,
+        )  # fmt: skip
         content = {"dataset": dataset, "labelled": len(chosen["train"]), "seed": seed, "minutes": minutes, **described}
         content |= {"cores": self.options.threads, **totals([stage])}
         self.results.put(key, content | {"everything_s": time.perf_counter() - started, **provenance()})

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +269,14 @@ def main(arguments: list[str] | None = None) -> None:
     plan = read_plan(options.plans)
     results = Results("finetune_step", CLAIM, options.results)
     mode = "quick" if options.quick else "full"
+    settings = {} if options.plans is None else {"plans_sha1": sha1(json.dumps(plan).encode()).hexdigest()}
     planned = [2] if options.quick else sorted({plan["batch_size"], NNUNET_PLAN["batch_size"]})
     repeats = options.repeats or (3 if options.quick else 15)
     for batch in options.batch or planned:
         key = f"{mode}/batch{batch}/threads{options.threads}" + ("/kept" if kept else "")
-        if results.get(key) is None or options.again:
+        if options.again or results.get(key, settings) is None:
             say(f"{key} ...")
-            results.put(key, measure(batch, plan, repeats, 1 if options.quick else 2, kept))
+            results.put(key, measure(batch, plan, repeats, 1 if options.quick else 2, kept), settings)
         say(report(results.get(key)))
 
 

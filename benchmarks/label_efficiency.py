@@ -29,6 +29,7 @@ EARLY = (1 / 6, 1 / 2)  # shares of the pre-training after which its encoder is 
 ARMS = ("scratch", "pretrained")
 GAIN, LOSS = 0.03, 0.8
 TRAINER = "UMITPretrainTrainer"
+AUGMENTATION = "nnunet"  # what "auto" chooses for so few cases; for 40 it would depend on the time of a step
 
 
 class Labels(FewLabels):
@@ -67,7 +68,9 @@ class Labels(FewLabels):
                 self.pretrain()
             weights = None if arm == "scratch" else self.kept[share]
             pretrained = 0.0 if arm == "scratch" else share * self.minutes
-            self.finetune(key, DATASET, labelled, seed, self.tuning, weights, arm=arm, pretrained_minutes=pretrained)
+            values = {"finetune.augmentation": AUGMENTATION}
+            described = {"arm": arm, "pretrained_minutes": pretrained}
+            self.finetune(key, DATASET, labelled, seed, self.tuning, weights, values=values, **described)
 
 
 # ------------------------------------------------------------------------------------------------------- report

@@ -132,7 +132,14 @@ def time_predictions(benches: Mapping[str, Bench], prefix: str, results: Results
         say(f"  repeat {repeat + 1}: " + ", ".join(f"{arm} {sample.wall:.1f} s" for arm, sample in samples.items()))
         content = {arm: {"wall": sample.wall, "cpu": sample.cpu} for arm, sample in samples.items()}
         described = {"cases": len(chosen), "seed": seed, "npp": WORKERS, "nps": WORKERS, "cores": options.threads}
-        results.put(repeat_key(prefix, seed, repeat), {"samples": content, **described, **provenance()})
+        results.put(
+            repeat_key(prefix, seed, repeat), {"samples": content, **described, **provenance()}, cases_of(options)
+        )
+
+
+def cases_of(options: argparse.Namespace) -> dict[str, int]:
+    """Predicted cases, where they are not the usual number."""
+    return {} if options.quick or options.cases == CASES else {"cases": options.cases}
 
 
 def repeat_key(prefix: str, seed: int, repeat: int) -> str:
@@ -147,7 +154,9 @@ def run(options: argparse.Namespace, results: Results, prefix: str, seeds: list[
         return results.get(key) is None or options.again
 
     trainings = [(seed, arm) for seed in seeds for arm in ARMS if left(f"{prefix}seed{seed}/{arm}")]
-    repeats = [repeat for repeat in range(options.repeats) if left(repeat_key(prefix, seeds[0], repeat))]
+    numbers = range(options.repeats)
+    known = {each: results.get(repeat_key(prefix, seeds[0], each), cases_of(options)) for each in numbers}
+    repeats = [each for each in numbers if known[each] is None or options.again]
     if not trainings and not repeats:
         return
     settings = {"minutes": minutes, "quick": options.quick, "threads": options.threads}

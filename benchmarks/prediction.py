@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 import shutil
 import sys
@@ -12,11 +14,29 @@ from pathlib import Path
 from benchmarks.equal_time import Bench
 from benchmarks.timing import Sample
 
+PR_SET_CHILD_SUBREAPER = 36
+
 
 def child_cpu_s() -> float:
     """CPU seconds of all ended sub-processes and of what they waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what ended commands leave behind (Linux): a fork server ends after the command that started
+    it, and neither its CPU seconds nor those of its workers would count."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def await_orphans() -> None:
+    """Wait until no child is left: a fork server ends by itself when the command that it serves is gone."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 def arguments_of(bench: Bench, trainer: str, plans: str, images: Path, output: Path, workers: int) -> list[str]:
@@ -45,9 +65,12 @@ def timed_command(bench: Bench, program: Sequence[str], words: Sequence[str], fo
     images, output = (Path(words[words.index(flag) + 1]) for flag in ("-i", "-o"))
     shutil.rmtree(output, ignore_errors=True)
     first = [str(Path(sys.executable).parent / program[0])] if len(program) == 1 else list(program)
-    cpu, wall = child_cpu_s(), time.perf_counter()
+    adopt_orphans()
+    cpu, started = child_cpu_s(), time.perf_counter()
     bench.call([*first, *words], folder)
-    sample = Sample(wall=time.perf_counter() - wall, cpu=child_cpu_s() - cpu)
+    wall = time.perf_counter() - started
+    await_orphans()
+    sample = Sample(wall=wall, cpu=child_cpu_s() - cpu)
     found, expected = len(list(output.glob("*.nii.gz"))), len(list(images.iterdir()))
     if found != expected:
         raise RuntimeError(f"nnUNetv2_predict wrote {found} of {expected} files to {output}; see {folder}/log.txt")

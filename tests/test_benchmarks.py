@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,18 @@ def test_provenance_names_versions_but_no_host_and_no_path():
 
 
 # ----------------------------------------------------------------------------------------------------- results
-def test_results_are_continued_and_a_failed_write_leaves_the_old_file_whole(tmp_path):
+def test_results_are_continued_and_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     results = Results("name", "claim", tmp_path)
-    results.put("one", {"value": 1})
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--full", "--work", "/scratch", "--results=/there", "--seed", "2"])
+    results.put("one", {"value": 1}, {"planner": "UMITPlannerS"})
     with pytest.raises(TypeError):
         results.put("two", {"value": object()})
     again = Results("name", "claim", tmp_path)
-    assert again.runs == {"one": {"value": 1}}
+    one = {"value": 1, "options": ["--full", "--seed", "2"], "settings": {"planner": "UMITPlannerS"}}
+    assert again.runs == {"one": one}
+    assert again.get("one") == one == again.get("one", {"planner": "UMITPlannerS"}) and again.get("two", {}) is None
+    with pytest.raises(ValueError, match=r"has one with {'planner': 'UMITPlannerS'}, and now the default options are"):
+        again.get("one", {})
     again.put("three", {"value": 3})
     assert json.loads((tmp_path / "name.json").read_text())["runs"].keys() == {"one", "three"}
 

@@ -260,3 +260,32 @@ def test_positions_reach_the_tokens() -> None:
     assert not torch.allclose(
         F.normalize(encoder(image).tokens[:, 0], dim=-1), F.normalize(encoder(rolled).tokens[:, 1], dim=-1), atol=1e-3
     )
+
+
+@pytest.mark.parametrize(("spacing", "size"), [((1.0, 1.0, 1.0), (16, 24, 16)), ((4.0, 1.0, 1.0), (6, 24, 32))])
+def test_norms_of_the_stem_see_visible_voxels_only(spacing: tuple[float, ...], size: tuple[int, ...]) -> None:
+    """Pre-training shows a quarter of an image, fine-tuning all of it: features must not differ in scale for that."""
+    torch.manual_seed(0)
+    encoder = SACViT(1, spacing=spacing, token_size=8, **SMALL)
+    image = 3 + 2 * torch.randn(2, 1, *size)
+    before: list[torch.Tensor] = []
+    for block in (encoder.stem.full, *encoder.stem.conv):  # type: ignore[union-attr, misc]
+        block.register_forward_hook(lambda _, inputs, output: before.append(output))
+    grid = encoder.grid(image)
+    visible, _ = random_masking(2, grid.tokens, 0.75, torch.Generator().manual_seed(1))
+    encoder.embed(image, visible=visible)
+    shown = grid.expand(torch.zeros(2, grid.tokens).scatter(1, visible, 1.0)) > 0
+    for features in before:
+        depth, height, width = (whole // own for whole, own in zip(shown.shape[2:], features.shape[2:], strict=True))
+        here = shown[:, :, ::depth, ::height, ::width].expand_as(features)
+        assert (features[~here] == 0).all()
+        for sample in range(2):
+            for channel, where in zip(features[sample], here[sample], strict=True):
+                seen = channel[where]
+                seen = torch.where(seen < 0, seen / 0.01, seen)  # before LeakyReLU: what the norm gave
+                assert abs(seen.mean().item()) < 1e-4 and abs(seen.var(unbiased=False).item() - 1) < 1e-3
+    everything = torch.arange(grid.tokens).expand(2, -1)
+    for masked, whole in zip(
+        encoder.embed(image, visible=everything).features, encoder.embed(image).features, strict=True
+    ):
+        torch.testing.assert_close(masked, whole, atol=1e-5, rtol=1e-4)
