@@ -208,3 +208,26 @@ def test_what_an_autoencoder_predicts_turns_with_the_image(axis: int, monkeypatc
         volumes.append(output.grid.unpatchify(patches, 1).permute(0, 1, *back))
     plain, turned = volumes
     assert order != (0, 1, 2) and 0 < (turned - plain).std() < 1e-3 * plain.std()
+
+
+class Ramp(nn.Module):
+    """A head that gives the place of each of its voxels along the first axis, in hundreds of voxels of the image."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        factor = 16 / features.shape[2]
+        place = ((torch.arange(features.shape[2]) + 0.5) * factor - 0.5) / 100
+        return place.view(1, 1, -1, 1, 1).expand(features.shape[0], 3, *features.shape[2:])
+
+
+def test_coarse_logits_lie_where_they_belong() -> None:
+    """Ten slices are two tokens of eight, padded: coarse maps are brought to 16 slices before they are cropped."""
+    network = UMITSegmenter(1, 3, native=True, **SMALL).eval()
+    for name in network.decoder.seg_layers:
+        if name.startswith("head"):
+            network.decoder.seg_layers[name] = Ramp()
+    found = network(tile((1.0, 1.0, 1.0), size=(10, 16, 24)))
+    assert len(found) == 3
+    for level, logits in enumerate(found):
+        first = 2**level // 2  # before the centre of the first coarse voxel there is nothing to interpolate
+        expected = torch.arange(first, 10) / 100
+        torch.testing.assert_close(logits[0, 1, first:, 3, 3], expected, atol=1e-5, rtol=1e-4)

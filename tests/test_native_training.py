@@ -26,6 +26,7 @@ from nnunet_umit.trainers.patches import (
     CaseTable,
     Jitter,
     NativeSamples,
+    average_slices,
     draw_slice,
     turned_patch,
     weights_of,
@@ -239,7 +240,7 @@ def test_a_zoom_asks_for_no_more_slices_than_were_planned() -> None:
 def test_labels_of_thick_slices_are_drawn_by_their_share() -> None:
     joined = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 2, 2], [2, 2, 2, 2]], dtype=torch.int16)
     with random_state(0):
-        drawn = draw_slice(joined.expand(1, 4000, 4, 4))
+        drawn = draw_slice(torch.ones(1, 4000, 4, 4), joined.expand(1, 4000, 4, 4))
     assert drawn.shape == (1, 4000, 4) and drawn.dtype == torch.int16
     shares = [[(drawn[..., voxel] == label).float().mean().item() for label in range(3)] for voxel in range(4)]
     expected = [[0.75, 0.25, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.0, 1.0]]
@@ -261,6 +262,31 @@ def test_small_images_are_marked_where_they_end(native: Callable[..., dict], nnu
     extent = (sample[-1] > 0).nonzero().amax(0) - (sample[-1] > 0).nonzero().amin(0) + 1
     assert extent.tolist() == [4, 20, 22]
     assert (sample[0][sample[-1] == 0] == 0).all()
+
+
+def test_thick_slices_at_the_border_are_of_the_image_alone() -> None:
+    """The second thick voxel reaches two slices beyond the image: air there would be averaged with zeros."""
+    inside = torch.tensor([[[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    image = torch.tensor([[[-3.0, -3.0, -1.0, -1.0], [-3.0, -2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    assert average_slices(image, inside).tolist() == [[-2.0, -2.5, 0.0]]
+    label = torch.tensor([[[0, 0, 1, 1], [1, 2, -1, -1], [-1, -1, -1, -1]]], dtype=torch.int16)
+    with random_state(0):
+        drawn = torch.stack([draw_slice(inside, label)[0] for _ in range(2000)])
+    assert (drawn[:, 2] == -1).all() and set(drawn[:, 1].tolist()) == {1, 2}
+    assert abs((drawn[:, 1] == 2).float().mean().item() - 0.5) < 0.05
+
+
+def test_a_zoom_leaves_the_thick_axis_where_it_is() -> None:
+    """A flat patch of isotropic voxels is zoomed within its slices: then the others become the thicker ones."""
+    table = CaseTable(["case"], np.asarray([(1.0, 1.0, 1.0)]), weights_of([1.0]), [])
+    made = NativeSamples(
+        None, table, batch_size=1, patch=(8, 64, 64), planned=ISOTROPIC, labels=NoLabels(), oversample_foreground=0.0,
+        jitter=Jitter(zoom=1.0), augmentation=Nothing(),
+    )  # fmt: skip
+    with random_state(0):
+        requests = [made.draw()[0] for _ in range(300)]
+    assert {bucket(request.spacing)[0] for request in requests} == {0}
+    assert max(request.zoom for request in requests) < 1.03 and min(request.zoom for request in requests) < 0.75
 
 
 @pytest.mark.parametrize("axes", [(), (1,), (0, 2)])

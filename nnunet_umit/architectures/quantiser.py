@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from nnunet_umit.architectures.masking import without_autocast
 from nnunet_umit.config import QUANTISERS
 from nnunet_umit.spacing import MAX_LEVEL
 
@@ -146,9 +147,11 @@ class Quantiser(nn.Module):
             level: anisotropy level of the images, 0 to 5; the same on all ranks.
         """
         none = features_BLE.new_zeros(features_BLE.shape[0], dtype=torch.float32)
-        if self.mode == "nearest":
-            return self._nearest(features_BLE.float())
-        logits = self.standardised(self.project(features_BLE).float(), level)
+        with without_autocast(features_BLE.device):  # what all tokens share is large, what tells them apart is small
+            if self.mode == "nearest":
+                return self._nearest(features_BLE.float())
+            raw = self.project(features_BLE.float())
+        logits = self.standardised(raw, level)
         probabilities = logits.softmax(-1)
         chosen = probabilities
         if self.mode == "gumbel" and self.training:

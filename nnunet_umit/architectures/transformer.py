@@ -138,7 +138,11 @@ class Transformer(nn.Module):
         return self.norm(tokens_BLE), [outputs[tap] for tap in taps]
 
     def run(self, tokens_BLE: Tensor, rope: Tensor | None, blocks: range, queries: Tensor | None = None) -> Tensor:
-        """Some of the blocks, without the final norm; ``queries`` as in :meth:`forward`."""
+        """Some of the blocks, without the final norm; ``queries`` as in :meth:`forward`.
+
+        Residuals have the precision of the weights: under a GPU's autocast the projection before gives half of it.
+        """
+        tokens_BLE = tokens_BLE.to(self.norm.weight.dtype)
         with self._precision(tokens_BLE.device):
             for index in blocks:
                 wanted = queries if index == len(self.blocks) - 1 else None

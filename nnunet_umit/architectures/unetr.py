@@ -116,8 +116,12 @@ class UNETRDecoder(nn.Module):
             size = [voxels // step for voxels, step in zip(size, stride, strict=True)]
         return tuple(size)
 
-    def forward(self, encoding: Encoding) -> list[Tensor]:
-        """Bounded logits, finest first, cropped to the unpadded image; only the finest without deep supervision."""
+    def forward(self, encoding: Encoding, full_size: bool = False) -> list[Tensor]:
+        """Bounded logits, finest first, cropped to the unpadded image; only the finest without deep supervision.
+
+        Args:
+            full_size: coarse logits are interpolated to the voxels of the image, before they are cropped.
+        """
         skips = self.skips(encoding)
         feature = encoding.grid.unflatten(encoding.tokens)
         logits: list[Tensor] = []
@@ -125,7 +129,10 @@ class UNETRDecoder(nn.Module):
             feature = self.seg_layers[f"level{level}"](feature, skips[level], encoding.anisotropy, level)
             if level == 0 or self.deep_supervision:
                 raw = self.seg_layers[f"head{level}"](feature)
-                logits.insert(0, self._crop(self.logit_bound * (raw / self.logit_bound).tanh(), encoding, level))
+                bounded = self.logit_bound * (raw / self.logit_bound).tanh()
+                if full_size and level:
+                    bounded = F.interpolate(bounded, encoding.grid.padded_size, mode="trilinear", align_corners=False)
+                logits.insert(0, self._crop(bounded, encoding, 0 if full_size else level))
         return logits
 
     def _crop(self, logits: Tensor, encoding: Encoding, level: int) -> Tensor:
@@ -185,7 +192,7 @@ class UMITSegmenter(Transferable):
         if self.native:
             view = NativeView.of(image)
             encoding = self.encoder(view.image, spacings=view.spacings, order=view.order, taps=self.decoder.taps)
-            restored = [view.restore(each) for each in self.decoder(encoding)]
+            restored = [view.restore(each) for each in self.decoder(encoding, full_size=True)]
             return restored if self.decoder.deep_supervision else restored[0]
         logits = self.decoder(self.encoder(image, taps=self.decoder.taps))
         if image.dim() == 4:

@@ -1,7 +1,8 @@
 """What ``3d_native`` is planned for: the images as they are, each with its own spacing.
 
 Batches hold one anisotropy level each, and a higher level has fewer slices at the same physical extent. So the patch is
-planned for the lowest level that occurs; every other level then costs less.
+planned for the lowest level that occurs; every other level then costs less in training. nnU-Net predicts in tiles of
+that patch whatever the image: one of thicker slices is shown more of them at once than training did.
 """
 
 from __future__ import annotations

@@ -194,13 +194,14 @@ class NativeSamples:
 
     def _zoomed(self, patch: Sequence[int], spacing: Sequence[float], zoom: float) -> list[float] | None:
         """The spacing after a zoom: of all axes, or within thick slices; None where it would turn one kind into the
-        other, or ask for more slices than the patch was planned with."""
+        other, make another axis the thick one, or ask for more slices than the patch was planned with."""
         before = crop_shape(patch, self.planned, spacing)
         in_plane = rotates_in_plane(before)
         fixed = thick_axis(spacing) if in_plane else None
         zoomed = [value if axis == fixed else value * zoom for axis, value in enumerate(spacing)]
         after = crop_shape(patch, self.planned, zoomed)
-        return zoomed if rotates_in_plane(after) == in_plane and after[0] <= max(before[0], patch[0]) else None
+        alike = rotates_in_plane(after) == in_plane and thick_axis(zoomed) == thick_axis(spacing)
+        return zoomed if alike and after[0] <= max(before[0], patch[0]) else None
 
     def make(self, request: NativeRequest, position: int) -> tuple[torch.Tensor, Any, str, str]:
         """Image (C + 3, *crop) and target (1, *crop); they are augmented with the thick axis in front."""
@@ -218,9 +219,8 @@ class NativeSamples:
             label = read_crop(segmentation, slice(None), lower, read, -1).to(torch.int16)
             inside = read_crop(np.broadcast_to(np.float32(1), (1, *data.shape[1:])), slice(None), lower, read, 0)
             if request.slices > 1:
-                image = _join_slices(image, request.axis, request.slices).mean(-1)
-                inside = _join_slices(inside, request.axis, request.slices).amax(-1)
-                label = draw_slice(_join_slices(label, request.axis, request.slices))
+                joined = [_join_slices(each, request.axis, request.slices) for each in (image, inside, label)]
+                image, inside, label = average_slices(joined[0], joined[1]), joined[1].amax(-1), draw_slice(*joined[1:])
             flipped = [axis + 1 for axis in self.mirror_axes if np.random.uniform() < MIRROR_PROBABILITY]
             image, inside, label = (each.flip(flipped) for each in (image, inside, label))
             turned = [each.permute(0, *(axis + 1 for axis in order)).contiguous() for each in (image, inside, label)]
@@ -301,15 +301,25 @@ def turned_patch(patch: Sequence[int], own: Sequence[float], spacing: Sequence[f
     return depth, height, width
 
 
-def draw_slice(joined: torch.Tensor) -> torch.Tensor:
-    """(*size, slices) labels -> (*size): every thick voxel has the label of one of its slices, drawn at random.
+def average_slices(joined: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """(C, *size, slices) -> (C, *size): the mean of those slices that are ``inside`` (1, *size, slices) the image."""
+    return (joined * inside).sum(-1) / inside.sum(-1).clamp_min(1)
+
+
+def draw_slice(inside: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
+    """(1, *size, slices) labels -> (1, *size): every thick voxel has the label of one of its slices, drawn at random.
+
+    Only slices ``inside`` the image are drawn: at its border a thick slice is not all image.
 
     So the share of a class in a thick voxel is the probability of its label, and what a network learns. The most
     frequent label would be a hard decision, and where two slices differ always for the same class: a perfect network of
     such labels, brought back to a thin grid, draws bodies that are too small.
     """
-    index = torch.from_numpy(np.random.randint(joined.shape[-1], size=tuple(joined.shape[:-1])))
-    return joined.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    drawn = torch.from_numpy(np.random.uniform(size=(*joined.shape[:-1], 1)))
+    before = inside.cumsum(-1) - inside
+    chosen = (drawn * inside.sum(-1, keepdim=True)).floor()  # the how-manieth of those inside
+    index = ((inside > 0) & (before == chosen)).int().argmax(-1, keepdim=True)
+    return joined.gather(-1, index).squeeze(-1)
 
 
 def _where(inside: torch.Tensor) -> torch.Tensor | None:
