@@ -209,6 +209,22 @@ def _patch_prediction(module: "ModuleType") -> None:
     _wrap(module, "recursive_find_trainer_class_by_name", _find_for_prediction, everywhere=False)
 
 
+def _patch_workers(module: "ModuleType") -> None:
+    """Give the processes that prepare images for a prediction what this one has been given by :func:`register`.
+
+    They look for the preprocessor by its name as well, and start without a hook where no start-up file brings one.
+    """
+    if mechanism() == START_UP:
+        return
+    from nnunet_umit.workers import PREPARING
+
+    for name, own in PREPARING.items():
+        original = getattr(module, name, None)
+        if original is not None and original is not own:
+            own.umit_original = original  # type: ignore[attr-defined]
+            setattr(module, name, own)
+
+
 def _prepare_prediction() -> None:
     """Before nnU-Net's predictor is imported: start what the workers of a UMIT prediction will come from."""
     try:
@@ -226,6 +242,7 @@ _PATCHES = {
     "nnunetv2.run.run_training": _patch_training,
     "nnunetv2.evaluation.find_best_configuration": _patch_comparison,
     PREDICTOR: _patch_prediction,
+    "nnunetv2.inference.data_iterators": _patch_workers,
 }
 
 
@@ -352,7 +369,15 @@ def _get_trainer(
         from nnunet_umit.trainers.requirements import require_plans
 
         require_plans(dataset_name_or_id, plans_identifier)
-    return original(dataset_name_or_id, configuration, fold, trainer_name, plans_identifier, *args, **kwargs)
+    trainer = original(dataset_name_or_id, configuration, fold, trainer_name, plans_identifier, *args, **kwargs)
+    planned = getattr(getattr(trainer, "configuration_manager", None), "configuration", {})
+    if "umit" in planned and (TRAINERS, trainer_name) not in REGISTRY:
+        told = f"{plans_identifier} are UMIT plans, and {trainer_name} reads nothing of their umit block: "
+        if planned["architecture"]["arch_kwargs"].get("native"):
+            raise RuntimeError(f"{told}it cannot train {configuration}, where every image has its own spacing; use -tr "
+                               "UMITTrainer")  # fmt: skip
+        print(f"nnunet-umit: {told}schedule and optimiser are its own. Did you mean -tr UMITTrainer?", file=sys.stderr)
+    return trainer
 
 
 def _filter_models(

@@ -96,3 +96,29 @@ def use_fork_server() -> bool:
         if getattr(module, "multiprocessing", None) is multiprocessing:
             module.multiprocessing = ForkingMultiprocessing()  # type: ignore[union-attr]
     return True
+
+
+def preprocess_from_files(*args: Any, **kwargs: Any) -> Any:
+    """nnU-Net's function of the same purpose, in a worker that has no start-up hook."""
+    return _registered("preprocess_fromfiles_save_to_queue", *args, **kwargs)
+
+
+def preprocess_from_arrays(*args: Any, **kwargs: Any) -> Any:
+    """nnU-Net's function of the same purpose, in a worker that has no start-up hook."""
+    return _registered("preprocess_fromnpy_save_to_queue", *args, **kwargs)
+
+
+def _registered(name: str, *args: Any, **kwargs: Any) -> Any:
+    from nnunet_umit.registration import register
+
+    register()
+    from nnunetv2.inference import data_iterators
+
+    function = getattr(data_iterators, name)
+    return getattr(function, "umit_original", function)(*args, **kwargs)
+
+
+PREPARING = {
+    "preprocess_fromfiles_save_to_queue": preprocess_from_files,
+    "preprocess_fromnpy_save_to_queue": preprocess_from_arrays,
+}

@@ -51,6 +51,46 @@ def test_continuing_a_training_that_left_no_checkpoint_is_refused(prepare: Calla
         lost.run_training()
 
 
+def test_scripts_that_always_continue_start_where_nothing_began(prepare: Callable[..., dict]) -> None:
+    plans = prepare()
+    failed = tiny.make_trainer(
+        UMITTrainer, plans, resume=True
+    )  # its log has the command; then it fails, as without data
+    assert "command: " in log_of(failed)
+    again = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    again.initialize()
+    again.begin_folder()
+    assert (folder_of(again) / checkpoints.LATEST).is_file()
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "command: nnUNetv2_train 4 2d 0 -tr UMITTrainer -pretrained_weights a.pth",
+        "command: notebook\n2026-11-28 15:00:00: pre-trained weights: Transfer from a.pth",
+        "an older version",
+    ],
+)
+def test_a_start_that_may_have_had_weights_is_not_forgotten(prepare: Callable[..., dict], log: str) -> None:
+    trainer = tiny.make_trainer(UMITTrainer, prepare(), resume=True)
+    (folder_of(trainer) / "training_log_2020_1_1_00_00_00.txt").write_text(log)
+    trainer.initialize()
+    with pytest.raises(CheckpointError, match="training_log_2020_1_1_00_00_00.txt"):
+        trainer.begin_folder()
+
+
+def test_how_a_step_is_calculated_may_change(prepare: Callable[..., dict]) -> None:
+    plans = prepare()
+    tiny.make_trainer(UMITTrainer, plans).run_training()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {"checkpointing": True}
+    again = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    again.load_checkpoint(str(folder_of(again) / checkpoints.FINAL))
+    assert again.network.encoder.transformer.checkpointing and again.current_epoch == 2
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {"depth": 3}
+    with pytest.raises(CheckpointError, match="depth"):
+        tiny.make_trainer(UMITTrainer, plans, resume=True).load_checkpoint(str(folder_of(again) / checkpoints.FINAL))
+
+
 def test_continuing_starts_anew_however_the_folder_is_written(
     prepare: Callable[..., dict], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

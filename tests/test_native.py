@@ -231,3 +231,22 @@ def test_coarse_logits_lie_where_they_belong() -> None:
         first = 2**level // 2  # before the centre of the first coarse voxel there is nothing to interpolate
         expected = torch.arange(first, 10) / 100
         torch.testing.assert_close(logits[0, 1, first:, 3, 3], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_native_networks_are_never_compiled() -> None:
+    """nnU-Net's predictor compiles what it is given, where nnUNet_compile asks for it."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    native = segmenter(True)
+    wrapped = torch.compile(native, backend=backend)
+    with torch.no_grad():
+        for spacing in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.0)):
+            batch = tile(spacing, size=(8, 16, 16))
+            torch.testing.assert_close(wrapped(batch), native(batch))
+        assert not compiled
+        torch.compile(segmenter(False), backend=backend)(torch.randn(1, 1, 16, 16, 16))
+    assert compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,8 +67,10 @@ def test_models_that_cannot_exist_are_left_out_of_a_comparison(
         monkeypatch.setenv(name, str(folder))
     dataset = preprocessed / "Dataset901_Balls"
     dataset.mkdir(parents=True)
-    for plans in ("UMITPlans", "nnUNetPlans"):
-        (dataset / f"{plans}.json").write_text('{"plans_name": "x", "configurations": {"3d_fullres": {}}}')
+    for plans, block in (("UMITPlans", '"umit": {}'), ("nnUNetPlans", "")):
+        (dataset / f"{plans}.json").write_text(
+            f'{{"plans_name": "x", "configurations": {{"3d_fullres": {{{block}}}}}}}'
+        )
     ours, stock = (
         {"trainer": trainer, "plans": plans, "configuration": "3d_fullres"}
         for trainer, plans in (("UMITTrainer", "UMITPlans"), ("nnUNetTrainer", "nnUNetPlans"))
@@ -81,6 +84,35 @@ def test_models_that_cannot_exist_are_left_out_of_a_comparison(
     kept = module.filter_available_models(pairs, "Dataset901_Balls")
     assert [dict(model) for model in kept] == [ours, stock]
     assert "UMITTrainer was not trained with nnUNetPlans; left out" in capsys.readouterr().out
+    own = '{"plans_name": "Mine", "configurations": {"3d_fullres": {"umit": {}}}}'  # -overwrite_plans_name Mine
+    (dataset / "Mine.json").write_text(own)
+    mine = {"trainer": "UMITTrainer", "plans": "Mine", "configuration": "3d_fullres"}
+    (results / "Dataset901_Balls" / "UMITTrainer__Mine__3d_fullres").mkdir()
+    pairs = module.dumb_trainer_config_plans_to_trained_models_dict(
+        ["UMITTrainer", "nnUNetTrainer"], ["3d_fullres"], ["Mine", "nnUNetPlans"]
+    )
+    assert [dict(model) for model in module.filter_available_models(pairs, 901)] == [mine, stock]
     (results / "Dataset901_Balls" / "UMITTrainer__UMITPlans__3d_fullres").rmdir()
     with pytest.raises(RuntimeError, match="does not have an output folder"):  # nnU-Net's own mercilessness
         module.filter_available_models(pairs, "Dataset901_Balls")
+
+
+@pytest.mark.parametrize(("trainer", "native", "told"), [
+    ("nnUNetTrainer", False, True), ("UMITTrainer", False, False), ("nnUNetTrainer", True, True),
+])  # fmt: skip
+def test_a_forgotten_trainer_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trainer: str, native: bool, told: bool
+) -> None:
+    """`-p UMITPlans` without `-tr UMITTrainer` trains our network with nnU-Net's SGD."""
+    monkeypatch.setattr("nnunet_umit.trainers.requirements.require_plans", lambda dataset, plans: None)
+    configuration = {"umit": {}, "architecture": {"arch_kwargs": {"native": native}}}
+    made = SimpleNamespace(configuration_manager=SimpleNamespace(configuration=configuration))
+    arguments = ("4", "3d_native" if native else "3d_fullres", 0, trainer, "UMITPlans")
+    if native:
+        with pytest.raises(
+            RuntimeError, match="cannot train 3d_native, where every image has its own spacing; use -tr"
+        ):
+            registration._get_trainer(lambda *given: made, *arguments)
+        return
+    assert registration._get_trainer(lambda *given: made, *arguments) is made
+    assert ("Did you mean -tr UMITTrainer?" in capsys.readouterr().err) == told

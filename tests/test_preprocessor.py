@@ -59,6 +59,14 @@ def test_preprocessor_checks_arrays_at_prediction() -> None:
         )
 
 
+def test_a_black_image_among_those_to_be_predicted_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    plans, dataset_json = _small_plans()
+    configuration, black = plans.get_configuration("3d_fullres"), np.zeros((1, 8, 8, 8), np.float32)
+    case = (black, None, {"spacing": [1, 1, 1]}, plans, configuration, dataset_json)
+    image, _, _ = UMITPreprocessor(verbose=False).run_case_npy(*case)
+    assert image.shape == (1, 8, 8, 8) and (image == 0).all() and "channel 0 is constant (0)" in caplog.text
+
+
 def test_native_preprocessor_keeps_the_grid_and_appends_the_spacing(make_dataset: Callable[..., Path]) -> None:
     plans, dataset_json = _small_plans()
     configuration = plans.plans["configurations"]["3d_fullres"]

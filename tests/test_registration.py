@@ -321,6 +321,39 @@ def test_worker_processes_find_the_names(tmp_path: Path, method: str, hook: str)
     assert done.stdout.strip() == "probe_module", done.stderr
 
 
+PREPARING = """
+import multiprocessing
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+if __name__ == "__main__":
+    import nnunet_umit
+    nnunet_umit.register()  # in this process only: a spawned one does not run this line
+    from nnunetv2.inference import data_iterators
+    configuration = {"preprocessor_name": "UMITPreprocessor", "architecture": {}}
+    plans = PlansManager({"label_manager": "LabelManager", "configurations": {"2d": configuration}})
+    labels = {"labels": {"background": 0, "ball": 1}}
+    context = multiprocessing.get_context("spawn")
+    for name in ("preprocess_fromfiles_save_to_queue", "preprocess_fromnpy_save_to_queue"):
+        done, aborted = context.Event(), context.Event()
+        none = [[]] * (3 if "files" in name else 4)
+        arguments = (*none, plans, labels, plans.get_configuration("2d"), context.Queue(), done, aborted)
+        worker = context.Process(target=getattr(data_iterators, name), args=arguments)
+        worker.start()
+        worker.join()
+        print(done.is_set(), aborted.is_set())
+"""
+
+
+def test_workers_of_a_prediction_find_the_preprocessor_where_only_their_parent_registered(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(PREPARING)
+    environment = {**os.environ, registration.NO_HOOK: "1"}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, timeout=300, check=False
+    )
+    assert done.stdout.split() == ["True", "False"] * 2, done.stderr
+
+
 # --- -pretrained_weights in a fresh interpreter -------------------------------------------------------------------
 
 

@@ -73,8 +73,8 @@ def spread(tokens_BKE: Tensor, visible_BK: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Full precision inside a training's autocast; "meta", for tensors without data, knows none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Full precision inside a training's autocast; other devices than these have none in nnU-Net, or in older torch."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def near_mean(field: Tensor, reach: Sequence[float]) -> Tensor:

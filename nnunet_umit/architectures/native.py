@@ -96,7 +96,7 @@ class NativeView:
         inside = (channels[:, 0] > 0).any(0)
         extents = []
         for axis in range(3):
-            where = torch.nonzero(inside.any(tuple(other for other in range(3) if other != axis)[::-1])).flatten()
+            where = torch.nonzero(inside.amax([other for other in range(3) if other != axis])).flatten()
             extents.append(slice(int(where[0]), int(where[-1]) + 1))
         order = axis_order(read[0])
         box = (extents[0], extents[1], extents[2])

@@ -190,14 +190,19 @@ class UMITSegmenter(Transferable):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """(B, C, D, H, W) or (B, C, H, W) of any size -> logits of that size, or a list, finest first."""
         if self.native:
-            view = NativeView.of(image)
-            encoding = self.encoder(view.image, spacings=view.spacings, order=view.order, taps=self.decoder.taps)
-            restored = [view.restore(each) for each in self.decoder(encoding, full_size=True)]
-            return restored if self.decoder.deep_supervision else restored[0]
+            return self._native(image)
         logits = self.decoder(self.encoder(image, taps=self.decoder.taps))
         if image.dim() == 4:
             logits = [each.squeeze(2) for each in logits]
         return logits if self.decoder.deep_supervision else logits[0]
+
+    @torch.compiler.disable
+    def _native(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Never compiled, as nnU-Net would for predictions: spacings are constants then, but images differ in theirs."""
+        view = NativeView.of(image)
+        encoding = self.encoder(view.image, spacings=view.spacings, order=view.order, taps=self.decoder.taps)
+        restored = [view.restore(each) for each in self.decoder(encoding, full_size=True)]
+        return restored if self.decoder.deep_supervision else restored[0]
 
     def set_drop_path(self, rate: float) -> None:
         """Change the encoder's stochastic depth rate."""

@@ -107,7 +107,9 @@ def _check_torch() -> Check:
     try:
         import torch
 
-        device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA: use -device cpu or mps"
+        device = (
+            torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA: use -device cpu (mps is untested)"
+        )
     except Exception as error:  # a broken torch raises anything, from OSError to RuntimeError
         fix = "install torch for your system, see https://pytorch.org/get-started/locally"
         return Check(subject="torch", state=State.WRONG, finding=_one_line(error), fix=fix)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+
+def planned_here(plans: str, dataset: int | str) -> bool:
+    """Whether plans are a UMIT planner's, whatever their name (``-overwrite_plans_name``)."""
+    file = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(dataset) / f"{plans}.json"
+    if not file.is_file():
+        return plans.startswith("UMIT")
+    configurations = json.loads(file.read_text(encoding="utf-8"))["configurations"]
+    return any("umit" in configuration for configuration in configurations.values())
 
 
 def trained_pairs(models: Sequence[dict[str, str]], dataset: int | str) -> list[dict[str, str]]:
@@ -20,7 +32,7 @@ def trained_pairs(models: Sequence[dict[str, str]], dataset: int | str) -> list[
     """
     kept = []
     for model in models:
-        mixed = model["trainer"].startswith("UMIT") != model["plans"].startswith("UMIT")
+        mixed = model["trainer"].startswith("UMIT") != planned_here(model["plans"], dataset)
         folder = get_output_folder(dataset, model["trainer"], model["plans"], model["configuration"], fold=None)
         if mixed and not Path(folder).is_dir():
             print(f"nnunet-umit: {model['trainer']} was not trained with {model['plans']}; left out of the comparison.")

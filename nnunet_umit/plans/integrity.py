@@ -9,7 +9,9 @@ Array legend: C channels (or 1 for labels), then space; images are float, labels
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import logging
 import os
@@ -111,12 +113,13 @@ def _gzip_problem(path: str, fix: str) -> Problem | None:
 # arrays
 
 
-def array_problem(image_CDHW: NDArray[Any], files: Sequence[str]) -> Problem | None:
+def array_problem(image_CDHW: NDArray[Any], files: Sequence[str], may_be_constant: bool = False) -> Problem | None:
     """What is wrong with the voxels of one case, or None.
 
     Args:
         image_CDHW: channels first, any number of space axes.
         files: the files the channels came from: one per channel, or one file that holds them all.
+        may_be_constant: as a black slice among others to be predicted is; there is nothing to learn from it, though.
 
     A constant channel among others is only logged: an absent MR sequence is often stored as zeros.
     """
@@ -135,7 +138,7 @@ def array_problem(image_CDHW: NDArray[Any], files: Sequence[str]) -> Problem | N
             )
         if voxels.size and voxels.min() == voxels.max():
             constant.append((channel, file, float(voxels.flat[0])))
-    if len(constant) == len(image_CDHW):
+    if len(constant) == len(image_CDHW) and not may_be_constant:
         value = ", ".join(f"{item[2]:g}" for item in constant)
         return Problem(
             ", ".join(dict.fromkeys(item[1] for item in constant)),
@@ -143,7 +146,7 @@ def array_problem(image_CDHW: NDArray[Any], files: Sequence[str]) -> Problem | N
             "Export the image again, or remove the case from the dataset",
         )
     for channel, file, level in constant:
-        logger.warning("%s: channel %d is constant (%g); the other channels are used as they are", file, channel, level)
+        logger.warning("%s: channel %d is constant (%g); the image is used as it is", file, channel, level)
     return None
 
 
@@ -189,7 +192,12 @@ def check_dataset(dataset_folder: str | os.PathLike[str]) -> list[Problem]:
 
     cases = _training_cases(folder, dataset_json)
     problems = _count_problems(folder, dataset_json, cases)
-    reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+    images = [image for case in cases.values() for image in case["images"]]
+    with contextlib.redirect_stderr(io.StringIO()):  # readers that cannot read the example print why
+        try:
+            reader_class = determine_reader_writer_from_dataset_json(dataset_json, images[0], verbose=False)
+        except (IndexError, RuntimeError):  # no image, or one that no reader can read: that is told below, by case
+            reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     for name, case in cases.items():
         files = [*case["images"], case["label"]]
         damaged = [problem for problem in map(file_problem, files) if problem is not None]

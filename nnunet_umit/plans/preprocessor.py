@@ -54,7 +54,7 @@ class UMITPreprocessor(DefaultPreprocessor):
     ) -> tuple[NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Check the voxels of image (C, D, H, W) and label (1, D, H, W), then process them as nnU-Net does."""
         files, label_file = self._files or (["array without a file name"], None)
-        problem = integrity.array_problem(np.asarray(data), files)
+        problem = integrity.array_problem(np.asarray(data), files, may_be_constant=seg is None)
         if problem is None and seg is not None:
             declared = load_json(dataset_json) if isinstance(dataset_json, str) else dataset_json
             name = label_file or f"label of {files[0]}"

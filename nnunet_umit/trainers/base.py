@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,6 +32,7 @@ from nnunet_umit.trainers.pictures import Panel, draw_progress
 from nnunet_umit.trainers.progress import StepProgress
 from nnunet_umit.trainers.ranks import own_device, wrapping_on
 from nnunet_umit.trainers.requirements import read_plan, require_cases, require_folders
+from nnunet_umit.trainers.resume import COMMAND
 
 DRAWING_SHARE = 0.05  # of the wall time may go into drawing progress.png
 
@@ -50,6 +53,8 @@ class UMITBaseTrainer(LoadingTrainer):
         self.umit = read_plan(plans, configuration)
         require_folders()
         super().__init__(plans, configuration, fold, dataset_json, device)
+        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        self.print_to_log_file(f"{COMMAND}{shlex.join(words)}", also_print_to_console=False)
         if self.is_ddp:
             self.device = own_device(device)
         config = self.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ from nnunet_umit import __version__
 from nnunet_umit.config import UMITConfig
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.guard import NonFiniteGuard
+
+COMMAND = "command: "  # begins the line of the log that holds the command line
+HOW_ONLY = ("checkpointing", "cpu_bfloat16")  # arguments of the network that change no weight
 
 
 class ResumableTrainer(nnUNetTrainer):
@@ -46,7 +50,10 @@ class ResumableTrainer(nnUNetTrainer):
         folder = Path(self.output_folder)
         if self.local_rank == 0 and not self.disable_checkpointing:
             own = Path(self.log_file).name  # nnU-Net joins its path as the environment variable is written
-            earlier = [log.name for log in folder.glob("training_log_*.txt") if log.name != own]
+            logs = [log for log in folder.glob("training_log_*.txt") if log.name != own]
+            earlier = [
+                log.name for log in logs if may_have_had_weights(log.read_text(encoding="utf-8", errors="replace"))
+            ]
             if self.continue_requested and earlier:
                 raise checkpoints.CheckpointError(
                     f"--c was given, and a training began in {folder} ({min(earlier)}), but it was stopped before its "
@@ -146,7 +153,7 @@ class ResumableTrainer(nnUNetTrainer):
                 "fine-tune from it, start a new training with -pretrained_weights"
             )
         present = checkpoints.to_plain(self.describe_architecture())
-        lines = checkpoints.differences(stored["architecture"], present)
+        lines = checkpoints.differences(of_the_weights(stored["architecture"]), of_the_weights(present))
         lines = lines or checkpoints.state_mismatch(content["network_weights"], self.unwrapped().state_dict())
         if lines:
             raise checkpoints.CheckpointError(
@@ -173,6 +180,18 @@ class ResumableTrainer(nnUNetTrainer):
             if (Path(self.output_folder) / name).is_file():
                 return f"The last good state is kept in {Path(self.output_folder) / name}."
         return "No checkpoint was written (--disable_checkpointing)."
+
+
+def of_the_weights(architecture: dict[str, Any]) -> dict[str, Any]:
+    """What weights depend on, not how a step is calculated: that may change when a training moves to another card."""
+    kept = {name: value for name, value in architecture["arch_kwargs"].items() if name not in HOW_ONLY}
+    return {**architecture, "arch_kwargs": kept}
+
+
+def may_have_had_weights(log: str) -> bool:
+    """Whether the log of a training speaks of ``-pretrained_weights``, or does not hold the command that began it."""
+    command = re.search(rf"{re.escape(COMMAND)}(.*)", log)
+    return command is None or "-pretrained_weights" in command[1] or ": pre-trained weights: " in log
 
 
 def versions() -> dict[str, str]:
