@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,10 +68,9 @@ def test_models_that_cannot_exist_are_left_out_of_a_comparison(
         monkeypatch.setenv(name, str(folder))
     dataset = preprocessed / "Dataset901_Balls"
     dataset.mkdir(parents=True)
-    for plans, block in (("UMITPlans", '"umit": {}'), ("nnUNetPlans", "")):
-        (dataset / f"{plans}.json").write_text(
-            f'{{"plans_name": "x", "configurations": {{"3d_fullres": {{{block}}}}}}}'
-        )
+    for plans, block in (("UMITPlans", {"umit": {}}), ("nnUNetPlans", {})):
+        content = {"plans_name": "x", "configurations": {"3d_fullres": block}}
+        (dataset / f"{plans}.json").write_text(json.dumps(content))
     ours, stock = (
         {"trainer": trainer, "plans": plans, "configuration": "3d_fullres"}
         for trainer, plans in (("UMITTrainer", "UMITPlans"), ("nnUNetTrainer", "nnUNetPlans"))
@@ -88,10 +88,10 @@ def test_models_that_cannot_exist_are_left_out_of_a_comparison(
     (dataset / "Mine.json").write_text(own)
     mine = {"trainer": "UMITTrainer", "plans": "Mine", "configuration": "3d_fullres"}
     (results / "Dataset901_Balls" / "UMITTrainer__Mine__3d_fullres").mkdir()
-    pairs = module.dumb_trainer_config_plans_to_trained_models_dict(
+    others = module.dumb_trainer_config_plans_to_trained_models_dict(
         ["UMITTrainer", "nnUNetTrainer"], ["3d_fullres"], ["Mine", "nnUNetPlans"]
     )
-    assert [dict(model) for model in module.filter_available_models(pairs, 901)] == [mine, stock]
+    assert [dict(model) for model in module.filter_available_models(others, 901)] == [mine, stock]
     (results / "Dataset901_Balls" / "UMITTrainer__UMITPlans__3d_fullres").rmdir()
     with pytest.raises(RuntimeError, match="does not have an output folder"):  # nnU-Net's own mercilessness
         module.filter_available_models(pairs, "Dataset901_Balls")

@@ -198,7 +198,7 @@ class UMITSegmenter(Transferable):
 
     @torch.compiler.disable
     def _native(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Never compiled, as nnU-Net would for predictions: spacings are constants then, but images differ in theirs."""
+        """Never compiled, though nnU-Net would for predictions: there a spacing is a constant, and images differ."""
         view = NativeView.of(image)
         encoding = self.encoder(view.image, spacings=view.spacings, order=view.order, taps=self.decoder.taps)
         restored = [view.restore(each) for each in self.decoder(encoding, full_size=True)]
