@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -177,5 +178,6 @@ def test_stock_loader_takes_the_checkpoint_and_refuses_the_encoder_file(
     stock(net, str(checkpoint(tmp_path, "isotropic")))
     state, _ = load_state(tmp_path / "isotropic.pth")
     assert torch.equal(net.state_dict()["encoder.stem.project.weight"], state["encoder.stem.project.weight"])
-    with pytest.raises(Exception, match=r".+"):
-        stock(net, str(save_encoder(net.encoder, tmp_path, {})))
+    file = str(save_encoder(net.encoder, tmp_path, {}))
+    with pytest.raises((UnpicklingError, KeyError)):  # no pickle; newer torch reads it, and there is no network_weights
+        stock(net, file)

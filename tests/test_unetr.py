@@ -125,18 +125,17 @@ def test_taps_are_block_outputs_and_reach_the_logits() -> None:
 
 
 @pytest.mark.parametrize("size", list(itertools.permutations((8, 16, 24))))
-def test_a_bright_token_lands_in_its_cell(size: tuple[int, int, int]) -> None:
+def test_a_bright_cell_of_the_image_is_a_bright_cell_of_the_map(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     net = build((1, 1, 1), stem="patch", deep_supervision=False).eval()
-    encoding = net.encoder(torch.zeros(1, 1, *size), taps=net.decoder.taps)
-    grid = encoding.grid
-    cell = tuple(n - 1 for n in grid.shape)
-    token = (cell[0] * grid.shape[1] + cell[1]) * grid.shape[2] + cell[2]
-    hot = torch.zeros_like(encoding.tokens)
-    hot[0, token] = 1.0
-    feature = grid.unflatten(hot)
-    assert feature[0, :, cell[0], cell[1], cell[2]].eq(1).all()
-    assert feature.sum() == encoding.tokens.shape[-1]
+    for cell in itertools.product(*(range(length // 8) for length in size)):
+        image = torch.zeros(1, 1, *size)
+        z, y, x = (8 * index for index in cell)
+        image[..., z : z + 8, y : y + 8, x : x + 8] = 1
+        embedded = net.encoder.embed(image)
+        feature = embedded.grid.unflatten(embedded.tokens)  # as the decoder does; the projection has no bias yet
+        bright = feature[0].abs().sum(0) > 0
+        assert bright[cell] and bright.sum() == 1
 
 
 def test_a_wrong_stride_in_the_plans_is_refused() -> None:

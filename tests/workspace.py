@@ -1,6 +1,7 @@
 """nnU-Net's own commands as sub-processes, in folders of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -38,11 +39,12 @@ class Workspace:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
+            start_new_session=True,
         )
 
     def run(self, command: str, *arguments: str, results: str = "results", fails: bool = False) -> str:
         process = self.start(command, *arguments, results=results)
-        output, _ = process.communicate(timeout=600)
+        output = finish(process, 600)
         assert (process.returncode != 0) == fails, f"{command} {' '.join(arguments)}\n{output[-4000:]}"
         return output
 
@@ -52,3 +54,16 @@ class Workspace:
 
     def fold(self, trainer: str, fold: str, results: str = "results") -> Path:
         return self.root / results / NAME / f"{trainer}__UMITPlans__{self.configuration}" / f"fold_{fold}"
+
+
+def finish(process: subprocess.Popen, timeout: float) -> str:
+    """The rest of the output of a process with a session of its own; at the time-out it and its children are killed."""
+    try:
+        output: str = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        raise
+    return output

@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import synthetic
 import torch
-from workspace import NAME, Workspace
+from workspace import NAME, Workspace, finish
 
 pytestmark = pytest.mark.end_to_end
 
@@ -75,7 +75,7 @@ def test_a_killed_pretraining_continues_bit_for_bit(workspace: Workspace, pretra
     folder = workspace.fold("UMITPretrainTrainer", "all", results="killed")
     read_until(process, r"\bEpoch 2\s*$")
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    finish(process, 60)
     assert process.returncode == -signal.SIGKILL
     assert not (folder / "checkpoint_final.pth").exists()
     output = workspace.train("UMITPretrainTrainer", "all", "--c", results="killed")

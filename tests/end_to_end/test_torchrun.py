@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
+from workspace import finish
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")]
 
@@ -27,6 +28,7 @@ def start(*options: str, processes: int = 2) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
     )
 
 
@@ -47,16 +49,19 @@ def test_a_rank_that_dies_ends_the_job_and_loses_nothing(nnunet_env: Any) -> Non
         if re.search(r"\bEpoch 2\s*$", line):
             break
     ranks = children(process.pid)
-    assert len(ranks) == 2, "".join(lines)[-3000:]
-    os.kill(max(ranks), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    if len(ranks) == 2:
+        os.kill(max(ranks), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    output = finish(process, 120)
+    assert len(ranks) == 2, "".join([*lines, output])[-3000:]
     assert process.returncode != 0 and "SIGKILL" in output
     folder = nnunet_env.results / tiny.NAME / "UMITPretrainTrainer__UMITPlans__3d_native" / "fold_all"
     stored = torch.load(folder / "checkpoint_latest.pth", weights_only=True)
     assert 1 <= stored["current_epoch"] <= EPOCHS - 1 and not (folder / "checkpoint_final.pth").exists()
 
     continued = start("--c")
-    output, _ = continued.communicate(timeout=300)
+    output = finish(continued, 300)
     assert continued.returncode == 0, output[-3000:]
     final = torch.load(folder / "checkpoint_final.pth", weights_only=True)
     assert len(final["logging"]["train_losses"]) == EPOCHS and (folder / "encoder.safetensors").is_file()
