@@ -142,18 +142,21 @@ def main(arguments: list[str] | None = None) -> None:
     add = options_parser.add_argument
     add("--finetune-minutes", type=float, default=None, help=f"of each fine-tuning (default {FINETUNE_MINUTES:g})")
     add("--seed", type=int, action="append", help="fine-tune with this seed only (may be repeated; default: 1, 2, 3)")
+    add("--arm", action="append", choices=ARMS, help="run this arm only (may be repeated; default: both)")
+    add("--labelled", type=int, action="append", choices=LABELLED, help="these numbers of labelled cases only")
     options = options_parser.parse_args(arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     results = Results("label_efficiency", CLAIM, options.results)
     labels = Labels(options, results, minutes, tuning)
     numbers, seeds = (QUICK_LABELLED, [1]) if options.quick else ((MAIN, *sorted({*LABELLED} - {MAIN})), [1, 2, 3])
+    numbers, arms = [each for each in numbers if each in (options.labelled or numbers)], options.arm or ARMS
     with alone_in(work_folder(options.work)):
         for labelled in numbers:
             for seed in options.seed or seeds:
-                for arm in ARMS:
+                for arm in arms:
                     labels.compare(labelled, seed, arm)
-            if labelled == MAIN:  # the claim's own number first, with all that is asked of it
+            if labelled == MAIN and "pretrained" in arms:  # the claim's own number first, with all that is asked of it
                 for share in labels.early:
                     labels.compare(MAIN, 1, "pretrained", share)
     picture = results.path.with_name(results.path.stem + ("_quick" if options.quick else "") + ".png")

@@ -329,6 +329,8 @@ def test_accuracy_gives_umit_three_seeds_and_every_other_arm_one(machine, capsys
 def test_labels_are_counted_with_one_pretraining_and_its_early_encoders(machine, monkeypatch, capsys):
     machine.answer = lambda bench, command, folder: None
     monkeypatch.setattr(label_efficiency, "LABELLED", (5, 10, 12))
+    machine.main(label_efficiency, "--arm", "scratch", "--labelled", "10", "--seed", "2")
+    assert [(each[2], each[3], each[-1]) for each in machine.trained] == [(2, "UMITTrainer", False)]
     machine.main(label_efficiency)
     machine.main(label_efficiency)
     assert [each[5] for each in machine.trained if each[3] == "UMITPretrainTrainer"] == [3600.0]
