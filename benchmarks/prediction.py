@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.equal_time import Bench
@@ -23,20 +24,28 @@ def child_cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def adopt_orphans() -> None:
-    """Become the parent of what ended commands leave behind (Linux): a fork server ends after the command that started
-    it, and neither its CPU seconds nor those of its workers would count."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+@contextlib.contextmanager
+def orphans_counted() -> Iterator[None]:
+    """Wait at the end for what the commands started inside leave behind (Linux): a fork server ends after the command
+    that started it, and neither its CPU seconds nor those of its workers would count. Other children are left alone."""
+    if sys.platform != "linux":
+        yield
+        return
+    known, prctl = children(), ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+        while left := children() - known:
+            for process in left:
+                os.waitpid(process, 0)
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def await_orphans() -> None:
-    """Wait until no child is left: a fork server ends by itself when the command that it serves is gone."""
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+def children() -> set[int]:
+    """Process ids of the children of this process, ended or not."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(process) for task in tasks for process in task.read_text(encoding="ascii").split()}
 
 
 def arguments_of(bench: Bench, trainer: str, plans: str, images: Path, output: Path, workers: int) -> list[str]:
@@ -65,11 +74,10 @@ def timed_command(bench: Bench, program: Sequence[str], words: Sequence[str], fo
     images, output = (Path(words[words.index(flag) + 1]) for flag in ("-i", "-o"))
     shutil.rmtree(output, ignore_errors=True)
     first = [str(Path(sys.executable).parent / program[0])] if len(program) == 1 else list(program)
-    adopt_orphans()
     cpu, started = child_cpu_s(), time.perf_counter()
-    bench.call([*first, *words], folder)
-    wall = time.perf_counter() - started
-    await_orphans()
+    with orphans_counted():
+        bench.call([*first, *words], folder)
+        wall = time.perf_counter() - started
     sample = Sample(wall=wall, cpu=child_cpu_s() - cpu)
     found, expected = len(list(output.glob("*.nii.gz"))), len(list(images.iterdir()))
     if found != expected:

@@ -206,6 +206,25 @@ def test_cpu_seconds_of_a_command_are_those_of_its_children():
     assert prediction.child_cpu_s() > before
 
 
+LEAVES_WORK = """
+import subprocess, sys
+work = "import time\\nwhile time.process_time() < 0.3: pass"
+subprocess.Popen([sys.executable, "-c", work])  # and is gone before that ends, as a command is before its fork server
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to another process than init")
+def test_cpu_seconds_of_what_a_command_leaves_behind_count_and_others_are_left_alone():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        before = prediction.child_cpu_s()
+        with prediction.orphans_counted():
+            subprocess.run([sys.executable, "-c", LEAVES_WORK], check=True)
+        assert prediction.child_cpu_s() - before >= 0.3
+        assert other.poll() is None
+        other.communicate(b"done\n")
+    assert other.returncode == 0
+
+
 # ------------------------------------------------------------------------------------------- spacing robustness
 def scores_of(one: float, four: list[float]) -> dict[str, Any]:
     per_axis = {Condition(4, axis).name: four[axis] for axis in range(3)}
