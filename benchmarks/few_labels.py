@@ -92,8 +92,9 @@ def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[f
 
 def by_seed(runs: Mapping[str, Any], prefix: str, arms: Sequence[str]) -> list[tuple[float, ...]]:
     """Dice of ``arms`` with one seed, for each seed that all of them have; keys are ``<prefix>seed<S>/<arm>``."""
-    seeds = sorted({found[1] for key in runs if (found := re.fullmatch(re.escape(prefix) + r"(seed\d+)/[^/]+", key))})
-    keys = [[f"{prefix}{seed}/{arm}" for arm in arms] for seed in seeds]
+    named = re.compile(re.escape(prefix) + r"seed(\d+)/[^/]+")
+    seeds = sorted({int(found[1]) for key in runs if (found := named.fullmatch(key))})
+    keys = [[f"{prefix}seed{seed}/{arm}" for arm in arms] for seed in seeds]
     return [tuple(runs[key]["dice"]["mean"] for key in each) for each in keys if all(key in runs for key in each)]
 
 

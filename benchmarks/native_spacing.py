@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.cases import few_cases, link_images, read_fold
 from benchmarks.common import Results, budget, provenance, say, table, training_parser, verdict, work_folder
 from benchmarks.equal_time import Bench, alone_in, plans_copy, totals
+from benchmarks.few_labels import by_seed
 from benchmarks.prediction import arguments_of, timed_command
 from benchmarks.timing import Sample, paired_ratio, summarise
 
@@ -44,12 +45,7 @@ def predict(bench: Bench, folder: Path, images: Path) -> Sample:
 
 def dice_differences(runs: Mapping[str, Any], prefix: str) -> list[float]:
     """Dice of ``3d_native`` minus Dice of ``3d_fullres``, for every seed that both have."""
-    differences = []
-    for seed in seeds_in(runs, prefix):
-        dice = [runs[key]["dice"]["mean"] for key in (f"{prefix}seed{seed}/{arm}" for arm in ARMS) if key in runs]
-        if len(dice) == len(ARMS):
-            differences.append(dice[0] - dice[1])
-    return differences
+    return [native - resampled for native, resampled in by_seed(runs, prefix, ARMS)]
 
 
 def judged(differences: Sequence[float]) -> str:

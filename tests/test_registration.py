@@ -1,4 +1,4 @@
-"""Stock nnU-Net finds UMIT names: at start-up, late, in workers; and nobody else notices.
+"""Stock nnU-Net finds UMIT names: at start-up, late; and nobody else notices (in workers: test_workers.py).
 
 What concerns the state of an interpreter runs in a fresh one. Those use stub modules in place of the package's real
 classes, so that these tests are about registration alone; the last test looks up the real ones.
@@ -278,80 +278,6 @@ def test_another_hook_that_asks_all_finders_does_not_recurse() -> None:
     print(find({FOLDER!r}, "UMITTrainer", registration.TRAINERS).__name__)
     """
     assert output_of(STUBS + textwrap.dedent(code)) == "UMITTrainer"
-
-
-# --- workers ------------------------------------------------------------------------------------------------------
-
-WORKER = """
-import multiprocessing
-def look(name):
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
-    found = find("/no/such/folder", name, "nnunetv2.training.nnUNetTrainer")
-    return found.__module__
-if __name__ == "__main__":
-    import sys
-    {before}
-    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
-        print(pool.apply(look, ("UMITProbe",)))
-"""
-
-
-@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
-@pytest.mark.parametrize("hook", ["start-up", "by call"])
-def test_worker_processes_find_the_names(tmp_path: Path, method: str, hook: str) -> None:
-    import multiprocessing
-
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system has no {method}")
-    script = tmp_path / "script.py"
-    table = "from nnunet_umit import registration\n"
-    table += 'registration.REGISTRY["nnunetv2.training.nnUNetTrainer", "UMITProbe"] = "probe_module"\n'
-    table += "registration.register()\n" if hook == "by call" else ""
-    script.write_text(table + WORKER.format(before=""))
-    (tmp_path / "probe_module.py").write_text("class UMITProbe: pass\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), registration.NO_HOOK: "1" if hook == "by call" else "0"}
-    done = subprocess.run(
-        [sys.executable, str(script), method],
-        capture_output=True,
-        encoding="utf-8",
-        env=environment,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout.strip() == "probe_module", done.stderr
-
-
-PREPARING = """
-import multiprocessing
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-if __name__ == "__main__":
-    import nnunet_umit
-    nnunet_umit.register()  # in this process only: a spawned one does not run this line
-    from nnunetv2.inference import data_iterators
-    configuration = {"preprocessor_name": "UMITPreprocessor", "architecture": {}}
-    plans = PlansManager({"label_manager": "LabelManager", "configurations": {"2d": configuration}})
-    labels = {"labels": {"background": 0, "ball": 1}}
-    context = multiprocessing.get_context("spawn")
-    for name in ("preprocess_fromfiles_save_to_queue", "preprocess_fromnpy_save_to_queue"):
-        done, aborted = context.Event(), context.Event()
-        none = [[]] * (3 if "files" in name else 4)
-        arguments = (*none, plans, labels, plans.get_configuration("2d"), context.Queue(), done, aborted)
-        worker = context.Process(target=getattr(data_iterators, name), args=arguments)
-        worker.start()
-        worker.join()
-        print(done.is_set(), aborted.is_set())
-"""
-
-
-def test_workers_of_a_prediction_find_the_preprocessor_where_only_their_parent_registered(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(PREPARING)
-    environment = {**os.environ, registration.NO_HOOK: "1"}
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, timeout=300, check=False
-    )
-    assert done.stdout.split() == ["True", "False"] * 2, done.stderr
 
 
 # --- -pretrained_weights in a fresh interpreter -------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""nnU-Net's workers start from a fork server that has imported what they need."""
+"""nnU-Net's workers: they find UMIT names, and start from a fork server that has imported what they need."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -41,11 +42,17 @@ if __name__ == "__main__":
 """
 
 
+def run_program(folder: Path, text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that starts workers, which need a file to import it from."""
+    (folder / "program.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "program.py", *arguments]
+    settings = {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, encoding="utf-8", timeout=300)
+
+
 @linux
 def test_workers_come_from_a_server_that_has_imported_what_the_command_has(tmp_path: Path) -> None:
-    file = tmp_path / "program.py"
-    file.write_text(PROGRAM, encoding="utf-8")
-    ended = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=120)
+    ended = run_program(tmp_path, PROGRAM)
     assert ended.stdout.strip() == "as it should be", ended.stderr
 
 
@@ -135,9 +142,7 @@ def test_the_server_starts_before_a_prediction_with_our_networks_only(
 def test_neither_a_server_nor_a_worker_starts_a_server(tmp_path: Path, method: str) -> None:
     # its sys.argv is that of the command (Python hands it on from 3.13.12 and 3.14.3 on), as it imports the predictor
     (tmp_path / "early.py").write_text(EARLY.format(command=PREDICT), encoding="utf-8")
-    (tmp_path / "program.py").write_text(STARTED, encoding="utf-8")
-    command = [sys.executable, "program.py", method]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    ended = run_program(tmp_path, STARTED, method)
     assert ended.returncode == 0, ended.stderr
     served = (tmp_path / "served").read_text(encoding="utf-8").split()
     assert served == ["True", "False"], "the command itself may, what it started may not"
@@ -153,3 +158,60 @@ def test_a_server_that_cannot_start_stops_no_prediction(
     monkeypatch.setattr(sys, "argv", PREDICT)
     registration._prepare_prediction()
     assert "starting the workers' server early failed (ValueError: no luck)" in capsys.readouterr().err
+
+
+# --- what they find --------------------------------------------------------------------------------------------------
+
+WORKER = """
+import multiprocessing
+def look(name):
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
+    found = find("/no/such/folder", name, "nnunetv2.training.nnUNetTrainer")
+    return found.__module__
+if __name__ == "__main__":
+    import sys
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        print(pool.apply(look, ("UMITProbe",)))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("hook", ["start-up", "by call"])
+def test_worker_processes_find_the_names(tmp_path: Path, method: str, hook: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    table = "from nnunet_umit import registration\n"
+    table += 'registration.REGISTRY["nnunetv2.training.nnUNetTrainer", "UMITProbe"] = "probe_module"\n'
+    table += "registration.register()\n" if hook == "by call" else ""
+    (tmp_path / "probe_module.py").write_text("class UMITProbe: pass\n")
+    environment = {"PYTHONPATH": str(tmp_path), registration.NO_HOOK: "1" if hook == "by call" else "0"}
+    done = run_program(tmp_path, table + WORKER, method, **environment)
+    assert done.stdout.strip() == "probe_module", done.stderr
+
+
+PREPARING = """
+import multiprocessing
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+if __name__ == "__main__":
+    import nnunet_umit
+    nnunet_umit.register()  # in this process only: a spawned one does not run this line
+    from nnunetv2.inference import data_iterators
+    configuration = {"preprocessor_name": "UMITPreprocessor", "architecture": {}}
+    plans = PlansManager({"label_manager": "LabelManager", "configurations": {"2d": configuration}})
+    labels = {"labels": {"background": 0, "ball": 1}}
+    context = multiprocessing.get_context("spawn")
+    for name in ("preprocess_fromfiles_save_to_queue", "preprocess_fromnpy_save_to_queue"):
+        done, aborted = context.Event(), context.Event()
+        none = [[]] * (3 if "files" in name else 4)
+        arguments = (*none, plans, labels, plans.get_configuration("2d"), context.Queue(), done, aborted)
+        worker = context.Process(target=getattr(data_iterators, name), args=arguments)
+        worker.start()
+        worker.join()
+        print(done.is_set(), aborted.is_set())
+"""
+
+
+def test_workers_of_a_prediction_find_the_preprocessor_where_only_their_parent_registered(tmp_path: Path) -> None:
+    done = run_program(tmp_path, PREPARING, **{registration.NO_HOOK: "1"})
+    assert done.stdout.split() == ["True", "False"] * 2, done.stderr

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_umit.spacing import Anisotropy
@@ -105,10 +104,7 @@ class NativeView:
         return cls(image.contiguous(), spacings, order, box, tuple(batch.shape[2:]))
 
     def restore(self, logits: Tensor) -> Tensor:
-        """(B, K, ...) logits of the view at any resolution -> (B, K, D, H, W) of the batch, background outside."""
-        size = self.image.shape[2:]
-        if logits.shape[2:] != size:
-            logits = F.interpolate(logits, size, mode="trilinear", align_corners=False)
+        """(B, K, d, h, w) logits of the view -> (B, K, D, H, W) of the batch, background outside."""
         logits = logits.permute(0, 1, *(self.order.index(axis) + 2 for axis in range(3)))
         if logits.shape[2:] == self.size:
             return logits.contiguous()
