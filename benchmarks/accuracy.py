@@ -37,6 +37,8 @@ from benchmarks.common import (
     say,
     table,
     tagged,
+    umit_values,
+    unusual,
 )
 from benchmarks.equal_time import CONFIGURATION, STOCK_PLANS, Bench, alone_in, totals
 
@@ -65,7 +67,7 @@ STOCK = {
     "resenc_m": ("nnUNetTrainer", "nnUNetResEncUNetMPlans"),
     "primus_s": ("nnUNet_Primus_S_Trainer", STOCK_PLANS),
 }
-IN_NO_KEY = ("planner", "threads", "pretrain_share", "validation_cases")  # options that a key does not tell
+IN_NO_KEY = ("planner", "threads", "pretrain_share", "validation_cases", "device")  # options that a key does not tell
 ARMS = (*STOCK, "umit_scratch", "umit_shared")
 
 
@@ -102,7 +104,7 @@ def run_arm(bench: Bench, arm: str, key: str, minutes: float) -> dict[str, Any]:
         "fold": bench.fold,
         "seed": bench.seed,
         "cores": options.threads,
-        "umit_values": dict(options.set) if arm not in STOCK else {},
+        "umit_values": umit_values(options) if arm not in STOCK else {},
         **totals(stages),
         "everything_s": time.perf_counter() - started,
         **provenance(),
@@ -208,15 +210,13 @@ def main(arguments: list[str] | None = None) -> None:
     task = TASKS[options.task]
     minutes = budget(options.minutes, options.quick, task.minutes)
 
-    results = Results("accuracy", CLAIM, options.results)
+    results = Results("accuracy", CLAIM, options.results, unusual(options_parser, options, *IN_NO_KEY))
     mode = "quick" if options.quick else "full"
     prefix = f"{mode}/{options.task}/fold{options.validation_fold}/{minutes:.3g}min/"
-    asked = {name: getattr(options, name) for name in IN_NO_KEY}
-    asked = {name: value for name, value in asked.items() if value != options_parser.get_default(name)}
     todo = []
     for seed, arm in seeds_of(options, task):
         key = f"{prefix}seed{seed}/{arm}{tagged(options) if arm not in STOCK else ''}"
-        if options.again or results.get(key, asked) is None:
+        if options.again or results.get(key) is None:
             todo.append((seed, arm, key))
     settings = {name: getattr(options, name) for name in ("quick", "threads", "set", "pretrain_share", "planner")}
     benches = {
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
             benches[todo[0][0]].prepare(wanted)
             for seed, arm, key in todo:
                 say(f"{key} ...")
-                results.put(key, run_arm(benches[seed], arm, key, minutes), asked)
+                results.put(key, run_arm(benches[seed], arm, key, minutes))
     say(report(results.runs, prefix))
     if options.validation_fold == 0:
         plot(results.runs, prefix, results.path.with_name(f"{picture_name(options.task, minutes, options.quick)}.png"))

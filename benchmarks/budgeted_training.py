@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -220,7 +221,7 @@ def train(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
     trainer.run_training()
     report: dict[str, Any] = dict(trainer.report)
     epochs = report.pop("epochs")
-    if job["pretrained_weights"] is not None and hasattr(trainer, "describe_transfer"):
+    if job["pretrained_weights"] is not None:
         report["arrived"] = trainer.describe_transfer()["fraction"]
     return report | {
         "trainer": job["trainer"],
@@ -254,7 +255,8 @@ def load_trained(trainer: Any, checkpoint: str) -> None:
 
 def draw_curve(trainer: Any, report: dict[str, Any], cases: int) -> list[dict[str, Any]]:
     """Dice without mirroring on the first validation cases, for the weights that were kept and the last ones."""
-    limit, trainer.final_validation_cases = trainer.final_validation_cases, cases
+    limit = trainer.final_validation_cases
+    trainer.final_validation_cases = cases if limit is None else min(cases, limit)
     points = []
     for each in [*report["kept"], {"wall_s": report["wall_s"], "checkpoint": report["checkpoint"]}]:
         load_trained(trainer, each["checkpoint"])
@@ -267,9 +269,11 @@ def draw_curve(trainer: Any, report: dict[str, Any], cases: int) -> list[dict[st
 
 def validate(trainer: Any) -> dict[str, Any]:
     """Final validation: its time, and Dice, or the figures of a training without labels."""
+    folder = Path(trainer.output_folder) / "validation"
+    shutil.rmtree(folder, ignore_errors=True)  # nnU-Net scores every file in it, those of an earlier call too
     started = time.perf_counter()
     trainer.perform_actual_validation(False)
-    summary = Path(trainer.output_folder) / "validation" / "summary.json"
+    summary = folder / "summary.json"
     content = json.loads(summary.read_text(encoding="utf-8"))
     if "foreground_mean" in content:
         found = {"dice": read_dice(summary)}
@@ -294,6 +298,7 @@ def main() -> None:
     import numpy as np
     import torch
 
+    code_version()  # of what is imported now
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     random.seed(job["seed"])
     np.random.seed(job["seed"])

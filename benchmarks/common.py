@@ -6,6 +6,9 @@ Every finished run is written at once, atomically, and is not run again by the n
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +115,13 @@ def date_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+@functools.cache
 def code_version() -> str | None:
-    """The commit of the checkout that runs, with ``-dirty`` where files differ from it; None outside of one."""
+    """The commit of the checkout that runs, with ``-dirty`` where files differ from it; None outside of one.
+
+    Asked when a process starts (:class:`Results`, budgeted_training) and kept: a commit during an hour of training
+    does not change the code that trains.
+    """
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -147,6 +155,12 @@ def write_json(path: Path, content: Any) -> None:
 PLACES = ("--work", "--results", "--nnssl")  # options whose values are paths of a machine
 
 
+def without_place(word: str) -> str:
+    """A path of this machine, ``/a/b`` or ``NAME=/a/b``, as its last part; other words as they are."""
+    name, separator, value = word.rpartition("=")
+    return f"{name}{separator}{Path(value).name}" if os.path.isabs(value) else word
+
+
 def options_given(arguments: Sequence[str] | None = None) -> list[str]:
     """Command line of this process without the paths in it."""
     kept: list[str] = []
@@ -155,7 +169,7 @@ def options_given(arguments: Sequence[str] | None = None) -> list[str]:
         if word in PLACES:
             next(words, None)
         elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
-            kept.append(Path(word).name if os.path.isabs(word) else word)
+            kept.append(without_place(word))
     return kept
 
 
@@ -163,13 +177,30 @@ class Results:
     """The runs of one benchmark, ``benchmarks/results/<name>.json``: benchmark, claim, command, and runs by key.
 
     Every ``put`` writes the file, so a benchmark that was killed goes on behind its last finished run.
+
+    Args:
+        name, claim: of the benchmark.
+        folder: of the file; ``$UMIT_BENCH_RESULTS`` or benchmarks/results unless given.
+        settings: options that change figures, are part of no key, and are not the defaults (:func:`unusual`). They
+            are stored with each run, and a stored run that had others is refused.
     """
 
-    def __init__(self, name: str, claim: str, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        claim: str,
+        folder: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        code_version()  # now, not when the first run ends
+        self.settings = dict(settings or {})
         root = Path(folder or os.environ.get("UMIT_BENCH_RESULTS") or REPOSITORY / "benchmarks" / "results")
         self.path = root / f"{name}.json"
         command = f"python -m benchmarks.{name} --full"
         self.content: dict[str, Any] = {"benchmark": name, "claim": claim, "command": command, "runs": {}}
+        self._read()
+
+    def _read(self) -> None:
         if self.path.is_file():
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if not isinstance(stored.get("runs"), dict):
@@ -185,23 +216,47 @@ class Results:
         """The run stored under ``key``, or None.
 
         Args:
-            settings: options that change the figure, are not part of the key, and are not the defaults.
+            settings: more of them, of this key only.
 
         Raises:
             ValueError: the stored run had others.
         """
-        run = self.content["runs"].get(key)
-        if run is not None and settings is not None and run.get("settings", {}) != dict(settings):
+        run, asked = self.content["runs"].get(key), self.settings | dict(settings or {})
+        if run is not None and run.get("settings", {}) != asked:
             raise ValueError(
                 f"{self.path.name} has {key} with {run.get('settings') or 'the default options'}, and now "
-                f"{dict(settings) or 'the default options'} are asked for; give another --results folder"
+                f"{asked or 'the default options'} are asked for; give another --results folder"
             )
         return run
 
     def put(self, key: str, run: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
-        """Store one finished run, with the options of the command that made it, and write the file."""
-        self.content["runs"][key] = {**run, "options": options_given(), **({"settings": settings} if settings else {})}
-        write_json(self.path, self.content)
+        """Store one finished run, with the options of the command that made it, and write the file.
+
+        What another process has stored since this one read the file is kept.
+        """
+        asked = self.settings | dict(settings or {})
+        with locked(self.path.parent):
+            self._read()
+            self.content["runs"][key] = {**run, "options": options_given(), **({"settings": asked} if asked else {})}
+            write_json(self.path, self.content)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` while a file in it is read and written again; others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def unusual(options_parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options ``names`` that have another value than their default."""
+    given = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in given.items() if value != options_parser.get_default(name)}
 
 
 # --------------------------------------------------------------------------------------------------------- output
@@ -293,6 +348,11 @@ def parse_with_tuning(options_parser: argparse.ArgumentParser, arguments: Sequen
     if options.set and not options.tag:
         options_parser.error("--set changes the plans' values: name the runs with --tag")
     return options
+
+
+def umit_values(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` asks for, as it is stored: without the paths of this machine."""
+    return {key: without_place(value) if isinstance(value, str) else value for key, value in options.set}
 
 
 def tagged(options: argparse.Namespace) -> str:

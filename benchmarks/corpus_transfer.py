@@ -20,16 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import few_cases, read_fold
-from benchmarks.common import (
-    Results,
-    budget,
-    provenance,
-    say,
-    table,
-    training_parser,
-    verdict,
-    work_folder,
-)
+from benchmarks.common import Results, budget, provenance, say, table, training_parser, unusual, verdict, work_folder
 from benchmarks.equal_time import Bench, alone_in, totals
 from benchmarks.memory import MemoryWatch
 
@@ -167,7 +158,7 @@ class Transfer:
 
     def build(self, key: str) -> None:
         """Step A, with the commands a user types."""
-        if (self.home / "corpus.json").is_file() and self.results.get(key) is not None and not self.options.again:
+        if (self.home / "corpus.json").is_file() and not self.options.again and self.results.get(key) is not None:
             return
         from nnunet_umit.cli.stock import find_command
 
@@ -264,7 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
-    results = Results("corpus_transfer", CLAIM, options.results)
+    settings = unusual(options_parser, options, "threads", "device")
+    results = Results("corpus_transfer", CLAIM, options.results, settings)
     mode = "quick" if options.quick else "full"
     built, pretraining = f"{mode}/corpus", f"{mode}/corpus/{minutes:.3g}min"
     prefix = f"{mode}/{minutes:.3g}min+{tuning:.3g}min/"
@@ -272,14 +264,14 @@ def main(arguments: list[str] | None = None) -> None:
     with alone_in(work_folder(options.work)):
         transfer = Transfer(options, results, minutes)
         transfer.build(built)
-        if results.get(pretraining) is None or options.again:
+        if options.again or results.get(pretraining) is None:
             say(f"{pretraining} ...")
             transfer.pretrain(pretraining)
         for number in transfer.targets:
             for seed in seeds:
                 for arm in ARMS:
                     key = f"{prefix}{transfer.name(number)}/seed{seed}/{arm}"
-                    if results.get(key) is None or options.again:
+                    if options.again or results.get(key) is None:
                         say(f"{key} ...")
                         transfer.finetune(key, number, seed, tuning, pretraining)
     say(report(results.runs, pretraining, prefix))

@@ -91,16 +91,19 @@ def demanded(trainer: str, base: Path, plans: str, configuration: str = CONFIGUR
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process: two invocations would replan under each other and spoil each other's clock.
 
+    What :meth:`Bench.call` starts inherits the lock: a training that a killed benchmark left behind still holds it.
+
     Raises:
         RuntimeError: another one holds it.
     """
     with open(folder / "lock", "w", encoding="utf-8") as lock:
+        os.set_inheritable(lock.fileno(), True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(
-                f"another benchmark is running in {folder}; wait for it (its timing counts), or use another --work "
-                "folder on other cores"
+                f"another benchmark, or a training that a killed one left, is running in {folder}; wait for it (its "
+                "timing counts) or stop it, or use another --work folder on other cores (taskset -c)"
             ) from error
         yield
 
@@ -175,6 +178,7 @@ class Bench:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 preexec_fn=pin,
+                close_fds=False,  # the lock of `alone_in`; Python makes no other descriptor inheritable
             )
         if process.returncode not in accepted:
             tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
@@ -288,6 +292,11 @@ class Bench:
     def folder_of(self, key: str) -> Path:
         """Where the logs, reports and checkpoints of a run are."""
         return self.runs / key.replace("/", "_")
+
+    def report(self, folder: Path, name: str) -> dict[str, Any]:
+        """What a finished stage of a run reported; see :meth:`train`."""
+        content: dict[str, Any] = json.loads((folder / f"{name}.report.json").read_text(encoding="utf-8"))
+        return content
 
     def model(self, folder: Path, trainer: str, plans: str) -> Path:
         """What a run trained, as nnU-Net lays it out: ``plans.json``, ``dataset.json``, ``fold_X/``.

@@ -53,7 +53,7 @@ class FewLabels:
 
     def left(self, key: str) -> bool:
         """Whether a run is still to be made."""
-        return self.results.get(key) is None or self.options.again
+        return self.options.again or self.results.get(key) is None
 
     def finetune(
         self,
@@ -92,10 +92,15 @@ def gathered(runs: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[f
 
 def by_seed(runs: Mapping[str, Any], prefix: str, arms: Sequence[str]) -> list[tuple[float, ...]]:
     """Dice of ``arms`` with one seed, for each seed that all of them have; keys are ``<prefix>seed<S>/<arm>``."""
+    return [tuple(run["dice"]["mean"] for run in each) for each in pairs_of_seeds(runs, prefix, arms)]
+
+
+def pairs_of_seeds(runs: Mapping[str, Any], prefix: str, arms: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The runs of ``arms`` with one seed, for each seed that all of them have."""
     named = re.compile(re.escape(prefix) + r"seed(\d+)/[^/]+")
     seeds = sorted({int(found[1]) for key in runs if (found := named.fullmatch(key))})
     keys = [[f"{prefix}seed{seed}/{arm}" for arm in arms] for seed in seeds]
-    return [tuple(runs[key]["dice"]["mean"] for key in each) for each in keys if all(key in runs for key in each)]
+    return [tuple(runs[key] for key in each) for each in keys if all(key in runs for key in each)]
 
 
 def mean_and_seeds(dice: Sequence[float]) -> str | None:

@@ -186,17 +186,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     prepare_torch(options)
     device = device_named(options.device)
-    results, mode = Results("gpu_step", CLAIM, options.results), "quick" if options.quick else "full"
+    chosen = {name: value for name, value in {"arm": options.arm, "steps": options.steps}.items() if value is not None}
+    results, mode = Results("gpu_step", CLAIM, options.results, chosen), "quick" if options.quick else "full"
     name = name_of(device)
     repeats, steps = options.repeats or (2 if options.quick else 15), options.steps or (1 if options.quick else 10)
-    chosen = {"arm": options.arm, "steps": options.steps}
-    settings = {name: value for name, value in chosen.items() if value is not None}
     arms = options.arm or [arm for arm in ARMS if not (options.quick and arm.endswith(COMPILED))]
     for case in options.case or list(arithmetic.CASES)[: 1 if options.quick else None]:
         key = f"{mode}/{name}/{case}"
-        if options.again or results.get(key, settings) is None:
+        if options.again or results.get(key) is None:
             say(f"{key} ...")
-            results.put(key, measure(case, arms, device, repeats, steps), settings)
+            results.put(key, measure(case, arms, device, repeats, steps))
     say(report({key: run for key, run in results.runs.items() if key.startswith(f"{mode}/{name}/")}))
 
 

@@ -38,6 +38,7 @@ from benchmarks.common import (
     provenance,
     say,
     table,
+    unusual,
     work_folder,
     write_json,
 )
@@ -65,8 +66,12 @@ class nnUNetTrainerShort(nnUNetTrainer):
 class Journey:
     """Folders, commands and the list of what ran."""
 
-    def __init__(self, work: Path, results: Results, device: str = "cpu", threads: int = 2) -> None:
+    def __init__(
+        self, work: Path, results: Results, device: str = "cpu", threads: int = 2, again: bool = False
+    ) -> None:
         self.data = data_root()
+        self.again = again
+        self.done: set[str] = set()  # in this invocation
         self.device = device
         self.threads = threads
         self.work = work
@@ -87,7 +92,7 @@ class Journey:
 
     def run(self, key: str, *words: str | Path, results: str = "results", again: bool = False) -> None:
         """Run one command once; its wall time goes into the results, its output into a log."""
-        if self.results.get(key) is not None and not again:
+        if self.is_done(key) and not again:
             return
         began = time.monotonic()
         log = self.log(key)
@@ -98,6 +103,10 @@ class Journey:
         if done.returncode:
             raise RuntimeError(f"{key} ended with {done.returncode}:\n{tail(log)}")
         self.note(key, " ".join(map(str, words)), began)
+
+    def is_done(self, key: str) -> bool:
+        """Whether a step need not be run: it is stored, and not to be repeated."""
+        return key in self.done or (not self.again and self.results.get(key) is not None)
 
     def words(self, *words: str | Path) -> list[str]:
         return [str(find_command(str(words[0]))), *map(str, words[1:])]
@@ -111,6 +120,7 @@ class Journey:
         wall = time.monotonic() - began
         shown = command.replace(str(self.work), "WORK").replace(str(self.data), "DATA")
         self.results.put(key, {"command": shown, "wall_s": wall, **more, **provenance()})
+        self.done.add(key)
         say(f"{key}: {wall:.0f} s")
 
     def folder(self, dataset: int) -> Path:
@@ -154,7 +164,7 @@ class Journey:
         self.run(f"{dataset}/{step}", *start, results=results)
         final = self.model(dataset, trainer, results) / f"fold_{fold}" / "checkpoint_final.pth"
         key = f"{dataset}/{step} killed and continued"
-        if self.results.get(key) is not None:
+        if self.is_done(key):
             return final
         began, killed = time.monotonic(), "killed" if results == "results" else f"{results}_killed"
         folder = self.model(dataset, trainer, killed) / f"fold_{fold}"
@@ -245,7 +255,7 @@ class Journey:
         self.run("4/stock train", *stock, "-tr", "nnUNetTrainerShort")
         for name in ("UMITTrainer__UMITPlans", "nnUNetTrainerShort__nnUNetPlans"):
             trained = (self.work / "results" / self.folder(4).name / f"{name}__3d_fullres" / "fold_0").is_dir()
-            if self.results.get("4/find best") is None and not trained:  # stored: of another work folder
+            if not self.is_done("4/find best") and not trained:  # stored: of another work folder
                 raise RuntimeError(f"{name} was not trained")
         self.run(
             "4/find best", "nnUNetv2_find_best_configuration", "4", "-p", "UMITPlans", "nnUNetPlans",
@@ -319,8 +329,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dataset", type=int, action="append", choices=sorted(CONFIGURATIONS), help="default: all")
     add_place(options_parser)
     options = options_parser.parse_args(arguments)
-    results = Results("journey", CLAIM, options.results)
-    journey = Journey(work_folder(options.work) / "journey", results, options.device, options.threads)
+    results = Results("journey", CLAIM, options.results, unusual(options_parser, options, "device"))
+    work = work_folder(options.work) / "journey"
+    journey = Journey(work, results, options.device, options.threads, options.again)
     journey.plan(options.dataset or ((4,) if options.quick else PLANNED))
     chosen = options.dataset or ([4] if options.quick else sorted(CONFIGURATIONS))
     for dataset in chosen:

@@ -18,7 +18,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DATASET, Results, budget, provenance, say, table, training_parser, verdict, work_folder
+from benchmarks.common import (
+    DATASET,
+    Results,
+    budget,
+    provenance,
+    say,
+    table,
+    training_parser,
+    unusual,
+    verdict,
+    work_folder,
+)
 from benchmarks.equal_time import alone_in, totals
 from benchmarks.few_labels import PLANS, FewLabels, by_seed, gathered, mean_and_seeds
 
@@ -44,20 +55,20 @@ class Labels(FewLabels):
     def pretrain(self) -> None:
         """Pre-train, unless that is done and its checkpoints are there."""
         key, bench = f"{self.prefix}pretrain", self.bench(DATASET, 1, self.minutes)
-        seconds = self.minutes * 60
+        seconds, folder = self.minutes * 60, bench.folder_of(key)
         if self.left(key):
             say(f"{key} ...")
-        self.split(bench, 0)
-        folder, started = bench.run_folder(key), time.perf_counter()
-        keep = [share * seconds for share in self.early]
-        stage = bench.stage(folder, "pretrain", TRAINER, PLANS, seconds, validate=True, keep_at_s=keep)
-        bench.model(folder, TRAINER, PLANS)  # fails where it is gone
-        self.kept = {1.0: stage["checkpoint"]}
-        self.kept |= {share: each["checkpoint"] for share, each in zip(self.early, stage["kept"], strict=True)}
-        if self.left(key):
+            self.split(bench, 0)
+            folder, started = bench.run_folder(key), time.perf_counter()
+            keep = [share * seconds for share in self.early]
+            stage = bench.stage(folder, "pretrain", TRAINER, PLANS, seconds, validate=True, keep_at_s=keep)
             described = {"dataset": DATASET, "minutes": self.minutes, "cores": self.options.threads}
             described |= {"figures": stage["figures"], **totals([stage])}
             self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
+        bench.model(folder, TRAINER, PLANS)  # fails where it is gone: another one would have other figures
+        stage = bench.report(folder, "pretrain")
+        self.kept = {1.0: stage["checkpoint"]}
+        self.kept |= {share: each["checkpoint"] for share, each in zip(self.early, stage["kept"], strict=True)}
 
     def compare(self, labelled: int, seed: int, arm: str, share: float = 1.0) -> None:
         """Fine-tune one arm if that is not done; ``share`` tells how far its pre-training had come."""
@@ -147,7 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
-    results = Results("label_efficiency", CLAIM, options.results)
+    settings = unusual(options_parser, options, "threads", "device")
+    results = Results("label_efficiency", CLAIM, options.results, settings)
     labels = Labels(options, results, minutes, tuning)
     numbers, seeds = (QUICK_LABELLED, [1]) if options.quick else ((MAIN, *sorted({*LABELLED} - {MAIN})), [1, 2, 3])
     numbers, arms = [each for each in numbers if each in (options.labelled or numbers)], options.arm or ARMS

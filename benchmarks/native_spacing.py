@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import few_cases, link_images, read_fold
-from benchmarks.common import Results, budget, provenance, say, table, training_parser, verdict, work_folder
+from benchmarks.common import Results, budget, provenance, say, table, training_parser, unusual, verdict, work_folder
 from benchmarks.equal_time import Bench, alone_in, plans_copy, totals
 from benchmarks.few_labels import by_seed
 from benchmarks.prediction import arguments_of, timed_command
@@ -147,12 +147,12 @@ def run(options: argparse.Namespace, results: Results, prefix: str, seeds: list[
     """Train and time what is not stored yet."""
 
     def left(key: str) -> bool:
-        return results.get(key) is None or options.again
+        return options.again or results.get(key) is None
 
     trainings = [(seed, arm) for seed in seeds for arm in ARMS if left(f"{prefix}seed{seed}/{arm}")]
     numbers = range(options.repeats)
-    known = {each: results.get(repeat_key(prefix, seeds[0], each), cases_of(options)) for each in numbers}
-    repeats = [each for each in numbers if known[each] is None or options.again]
+    keys = {each: repeat_key(prefix, seeds[0], each) for each in numbers}
+    repeats = [each for each in numbers if options.again or results.get(keys[each], cases_of(options)) is None]
     if not trainings and not repeats:
         return
     settings = {"minutes": minutes, "quick": options.quick, "threads": options.threads}
@@ -186,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.cases = options.cases or (2 if options.quick else CASES)
     options.repeats = options.repeats or (1 if options.quick else REPEATS)
     seeds = options.seed or ([1] if options.quick else [1, 2])
-    results = Results("native_spacing", CLAIM, options.results)
+    settings = unusual(options_parser, options, "threads", "device")
+    results = Results("native_spacing", CLAIM, options.results, settings)
     prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min/"
     run(options, results, prefix, seeds, minutes)
     say(report(results.runs, prefix))

@@ -26,7 +26,18 @@ from typing import Any
 
 from benchmarks.accuracy import STOCK
 from benchmarks.cases import few_cases, link_images, read_fold
-from benchmarks.common import DATASET, WITH_BYTECODE, Results, add_place, parser, provenance, say, table, verdict
+from benchmarks.common import (
+    DATASET,
+    WITH_BYTECODE,
+    Results,
+    add_place,
+    parser,
+    provenance,
+    say,
+    table,
+    unusual,
+    verdict,
+)
 from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, demanded, edit_plans, plans_copy
 from benchmarks.prediction import arguments_of, timed_command
 from benchmarks.timed_predict import PARTS
@@ -210,14 +221,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--replan", action="store_true", help="plan and preprocess with the UMIT planner again")
     add_place(options_parser)
     options = options_parser.parse_args(arguments)
-    results, mode = Results("predict", CLAIM, options.results), "quick" if options.quick else "full"
+    settings = unusual(options_parser, options, "device")
+    results, mode = Results("predict", CLAIM, options.results, settings), "quick" if options.quick else "full"
     repeats = options.repeats or (1 if options.quick else 3)
     key = f"{mode}/start"
-    if results.get(key) is None or options.again:
+    if options.again or results.get(key) is None:
         results.put(key, starts(5 if options.quick else 31) | provenance())
     for dataset in options.dataset or ([DATASET] if options.quick else list(CASES)):
         key = f"{mode}/{dataset}/threads{options.threads}"
-        if results.get(key) is None or options.again:
+        if options.again or results.get(key) is None:
             say(f"{key} ...")
             predictions = Predictions(options, dataset)
             with alone_in(predictions.bench.work):

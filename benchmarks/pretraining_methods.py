@@ -27,6 +27,8 @@ from benchmarks.common import (
     table,
     tagged,
     training_parser,
+    umit_values,
+    unusual,
     work_folder,
 )
 from benchmarks.equal_time import alone_in, totals
@@ -80,7 +82,8 @@ class Methods(FewLabels):
             values, seconds = {"pretrain.tokenizer": stages[0]["checkpoint"]}, (1 - share) * seconds
         stages.append(bench.stage(folder, "pretrain", METHODS[method], PLANS, seconds, values=values, validate=True))
         described = {"dataset": dataset, "method": self.named(method), "minutes": self.minutes}
-        described |= {"cores": self.options.threads, "umit_values": self.own_values()}
+        asked = umit_values(self.options) if self.own_values() else {}
+        described |= {"cores": self.options.threads, "umit_values": asked}
         described |= {"figures": [stage["figures"] for stage in stages], **totals(stages)}
         self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
         return key
@@ -91,7 +94,8 @@ class Methods(FewLabels):
         if self.left(key):
             weights = self.checkpoint(dataset, arm) if arm in METHODS else None
             minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
-            self.finetune(key, dataset, labelled, seed, minutes, weights, arm=arm, umit_values=dict(self.options.set))
+            asked = umit_values(self.options)
+            self.finetune(key, dataset, labelled, seed, minutes, weights, arm=arm, umit_values=asked)
 
     def checkpoint(self, dataset: str, method: str) -> str:
         """Final checkpoint of a pre-training."""
@@ -180,7 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_with_tuning(options_parser, arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
-    results = Results("pretraining_methods", CLAIM, options.results)
+    settings = unusual(options_parser, options, "threads", "tokenizer_share", "device")
+    results = Results("pretraining_methods", CLAIM, options.results, settings)
     methods = Methods(options, results, minutes, tuning)
     with alone_in(work_folder(options.work)):
         for dataset, labelled in asked(options):

@@ -35,6 +35,7 @@ from benchmarks.common import (
     say,
     table,
     training_parser,
+    unusual,
     work_folder,
     write_json,
 )
@@ -257,7 +258,7 @@ def run(options: argparse.Namespace, results: Results, prefix: str, minutes: flo
     """Train, predict and score what is not stored yet."""
 
     def left(key: str) -> bool:
-        return results.get(key) is None or options.again
+        return options.again or results.get(key) is None
 
     keys = {arm: f"{prefix}seed{options.seed}/{arm}" for arm in arms}
     trainings = [arm for arm in arms if left(keys[arm] + "/training")]
@@ -298,7 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     options.cases = options.cases or (2 if options.quick else None)
-    results = Results("spacing_robustness", CLAIM, options.results)
+    settings = unusual(options_parser, options, "threads", "device")
+    results = Results("spacing_robustness", CLAIM, options.results, settings)
     limited = f"{options.cases}cases/" if options.cases else ""
     prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min/{limited}"
     run(options, results, prefix, minutes, options.arm or list(ARMS))

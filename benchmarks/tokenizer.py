@@ -24,10 +24,12 @@ from benchmarks.common import (
     say,
     table,
     training_parser,
+    unusual,
     verdict,
     work_folder,
 )
 from benchmarks.equal_time import CONFIGURATION, Bench, alone_in, totals
+from benchmarks.few_labels import pairs_of_seeds
 
 CLAIM = "soft tokens use at least as many codes as gumbel and nearest ones, with equal or better PSNR"
 FOLD, MINUTES, COMPARED_MINUTES = 0, 20.0, 6.0
@@ -65,18 +67,13 @@ def verdicts(runs: Mapping[str, Any], main: str, prefix: str) -> list[str]:
         share = pooled["perplexity"] / runs[main]["codes"]
         lines.append(f"perplexity as a share of the codebook: {verdict(share, PERPLEXITY, at_most=False)}")
         lines.append(f"mean token entropy, nat: {verdict(pooled['entropy'], ENTROPY)}")
-    found = {
-        mode: [run["figures"] for key, run in runs.items() if key.startswith(prefix) and key.endswith("/" + mode)]
-        for mode in MODES
-    }
-    if all(found.values()):
-        for other in MODES[1:]:
-            for name, part in (("codes_used", "pooled"), ("psnr", "mean")):
-                own, theirs = (statistics.fmean(each[part][name] for each in found[mode]) for mode in ("soft", other))
-                met = "met" if own >= theirs else "NOT met"
-                lines.append(
-                    f"{name}, mean over {len(found[other])} seed(s): soft {own:.2f}, {other} {theirs:.2f} ({met})"
-                )
+    for other in MODES[1:]:
+        pairs = pairs_of_seeds(runs, prefix, ("soft", other))
+        for name, part in (("codes_used", "pooled"), ("psnr", "mean")) if pairs else ():
+            found = [[run["figures"][part][name] for run in pair] for pair in pairs]
+            own, theirs = map(statistics.fmean, zip(*found, strict=True))
+            met = "met" if own >= theirs else "NOT met"
+            lines.append(f"{name}, mean over {len(pairs)} seed(s): soft {own:.2f}, {other} {theirs:.2f} ({met})")
     return lines
 
 
@@ -101,7 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     minutes = budget(options.minutes, options.quick, MINUTES)
     compared = budget(options.compare_minutes, options.quick, COMPARED_MINUTES)
-    results = Results("tokenizer", CLAIM, options.results)
+    settings = unusual(options_parser, options, "threads", "device")
+    results = Results("tokenizer", CLAIM, options.results, settings)
     mode = "quick" if options.quick else "full"
     long, prefix = f"{mode}/fold{FOLD}/{minutes:.3g}min/seed1/soft-alone", f"{mode}/fold{FOLD}/{compared:.3g}min/"
     todo = [(long, "soft", 1, minutes)]
@@ -110,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in options.seed or ([1] if options.quick else [1, 2, 3])
         for each in MODES
     ]
-    todo = [each for each in todo if results.get(each[0]) is None or options.again]
+    todo = [each for each in todo if options.again or results.get(each[0]) is None]
     if todo:
         run(options, results, todo)
     say(report(results.runs, long, prefix))

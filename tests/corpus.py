@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import os
 import signal
@@ -121,6 +122,14 @@ def judge_or_die(candidate: Candidate, destination: str, max_voxels: int) -> Ver
 def die() -> None:
     """Preparation of a worker process that does not survive it."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold_for_ever(paths: tuple[str, str]) -> None:
+    """Lock the first path, say so into the second, and wait for nothing."""
+    with open(paths[0], "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        Path(paths[1]).write_text("held")
+        signal.pause()
 
 
 def identity(item: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,13 @@ class Machine:
         report["checkpoint"] = str(fold / "checkpoint_final.pth")
         report["kept"] = [{"wall_s": at, "checkpoint": f"{at:.0f}"} for at in named.get("keep_at_s", [])]
         self.weights.append(named.get("pretrained_weights"))
-        if not named.get("validate"):
-            return report
         pooled = {"perplexity": 64.0, "codes_used": 90.0, "entropy": 0.5}
         figures = {"mean": {"psnr": 25.0, "ssim": 0.8, "masked_loss": 0.75}, "pooled": pooled, "cases": 2}
-        return report | ({"dice": dice} if trainer.endswith("UMITTrainer") or name == "stock" else {"figures": figures})
+        if named.get("validate"):
+            scored = trainer.endswith("UMITTrainer") or name == "stock"
+            report |= {"dice": dice} if scored else {"figures": figures}
+        (folder / f"{name}.report.json").write_text(json.dumps(report))
+        return report
 
     def call(self, bench: Any, command: list[str], folder: Path, accepted: Any = (0,)) -> int:
         self.commands.append(command)
@@ -231,6 +234,13 @@ def test_tokenizers_are_compared_over_three_seeds(machine, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "perplexity as a share of the codebook: 0.250 (bar 0.5: NOT met)" in printed
     assert "codes_used, mean over 3 seed(s): soft 90.00, nearest 90.00 (met)" in printed
+    runs = machine.runs("tokenizer")
+    for mode, codes in (("soft", 10.0), ("gumbel", 80.0)):
+        runs[f"full/fold0/6min/seed1/{mode}"]["figures"]["pooled"]["codes_used"] = codes
+    del runs["full/fold0/6min/seed1/gumbel"]
+    lines = tokenizer.verdicts(runs, "", "full/fold0/6min/")
+    assert "codes_used, mean over 2 seed(s): soft 90.00, gumbel 90.00 (met)" in lines, "the seeds that both have"
+    assert "codes_used, mean over 3 seed(s): soft 63.33, nearest 90.00 (NOT met)" in lines
 
 
 def test_every_method_pretrains_once_and_is_finetuned_with_every_seed(machine, capsys):
@@ -347,6 +357,31 @@ def test_labels_are_counted_with_one_pretraining_and_its_early_encoders(machine,
     runs["full/fold0/60min+5min/10/seed3/scratch"]["dice"]["mean"] = 0.9
     assert "2 seed(s): 0.000" in label_efficiency.report(runs, "full/fold0/60min+5min/"), "the seeds that both have"
     assert "masked loss on 2 unseen cases: 0.750 (bar 0.8: met)" in printed
+
+
+def test_a_pretraining_whose_weights_are_gone_is_not_silently_made_again(machine):
+    machine.answer = lambda bench, command, folder: None
+    machine.main(label_efficiency, "--labelled", "10", "--seed", "1")
+    trained = len(machine.trained)
+    shutil.rmtree(machine.root / "work" / "runs")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint_final\.pth is gone, but the results need it"):
+        machine.main(label_efficiency, "--labelled", "5", "--seed", "1", "--arm", "pretrained")
+    assert len(machine.trained) == trained
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "named"),
+    [
+        (pretraining_methods, ("--tokenizer-share", "0.6", "--arm", "scratch"), "{'tokenizer_share': 0.6}"),
+        (label_efficiency, ("--threads", "1", "--arm", "scratch", "--labelled", "10"), "{'threads': 1}"),
+        (accuracy, ("--validation-cases", "6", "--arm", "umit_scratch"), "{'validation_cases': 6}"),
+    ],
+)
+def test_a_result_of_other_options_is_not_taken_for_done(machine, benchmark, options, named):
+    machine.answer, chosen = lambda bench, command, folder: None, options[2:]
+    machine.main(benchmark, *chosen)
+    with pytest.raises(ValueError, match=f"the default options, and now {named} are asked for; give another --results"):
+        machine.main(benchmark, *options)
 
 
 def test_predictions_of_all_arms_are_timed_in_turn(machine, monkeypatch, capsys):

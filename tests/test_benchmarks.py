@@ -62,19 +62,37 @@ def test_provenance_names_versions_but_no_host_and_no_path():
 
 # ----------------------------------------------------------------------------------------------------- results
 def test_results_are_continued_and_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    results = Results("name", "claim", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--full", "--work", "/scratch", "--results=/there", "--seed", "2"])
-    results.put("one", {"value": 1}, {"planner": "UMITPlannerS"})
+    results = Results("name", "claim", tmp_path, {"planner": "UMITPlannerS"})
+    typed = ["benchmark", "--full", "--work", "/scratch", "--results=/there", "--seed", "2", "--plans", "A=/b/c.json"]
+    monkeypatch.setattr(sys, "argv", typed)
+    results.put("one", {"value": 1}, {"cases": 2})
     with pytest.raises(TypeError):
         results.put("two", {"value": object()})
-    again = Results("name", "claim", tmp_path)
-    one = {"value": 1, "options": ["--full", "--seed", "2"], "settings": {"planner": "UMITPlannerS"}}
-    assert again.runs == {"one": one}
-    assert again.get("one") == one == again.get("one", {"planner": "UMITPlannerS"}) and again.get("two", {}) is None
-    with pytest.raises(ValueError, match=r"has one with {'planner': 'UMITPlannerS'}, and now the default options are"):
-        again.get("one", {})
+    again = Results("name", "claim", tmp_path, {"planner": "UMITPlannerS"})
+    settings = {"planner": "UMITPlannerS", "cases": 2}
+    one = {"value": 1, "options": ["--full", "--seed", "2", "--plans", "A=c.json"], "settings": settings}
+    assert again.runs == {"one": one} and again.get("one", {"cases": 2}) == one and again.get("two") is None
+    with pytest.raises(ValueError, match=r"has one with {.*'cases': 2}, and now {'planner': 'UMITPlannerS'} are asked"):
+        again.get("one")
+    with pytest.raises(ValueError, match=r"has one with {.*'cases': 2}, and now the default options are asked for"):
+        Results("name", "claim", tmp_path).get("one")
     again.put("three", {"value": 3})
     assert json.loads((tmp_path / "name.json").read_text())["runs"].keys() == {"one", "three"}
+
+
+def test_what_another_process_stored_meanwhile_is_kept(tmp_path):
+    one, other = Results("name", "claim", tmp_path), Results("name", "claim", tmp_path)
+    one.put("of one", {})
+    other.put("of the other", {})
+    assert Results("name", "claim", tmp_path).runs.keys() == {"of one", "of the other"}
+
+
+def test_options_of_no_key_are_those_that_are_not_the_defaults():
+    options_parser = common.parser("A benchmark.")
+    options = options_parser.parse_args(["--quick", "--threads", "1"])
+    assert common.unusual(options_parser, options, "threads", "again") == {"threads": 1}
+    options.set = [("pretrain.tokenizer", "/somewhere/checkpoint_final.pth"), ("pretrain.mask_ratio", 0.5)]
+    assert common.umit_values(options) == {"pretrain.tokenizer": "checkpoint_final.pth", "pretrain.mask_ratio": 0.5}
 
 
 def test_a_file_of_something_else_is_not_overwritten(tmp_path):

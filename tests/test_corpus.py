@@ -1,5 +1,6 @@
 """Several datasets as one: every channel an image, weights obeyed, nothing copied, and a training that names them."""
 
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from rich.console import Console
 from tiny_training import curves, equal, folder_of, log_of, weights
 
-from nnunet_umit.cli.corpus import build, parse_weights
+from nnunet_umit.cli.corpus import build, complete, parse_weights, raw_has_changed
+from nnunet_umit.cli.stock import StockRunner
 from nnunet_umit.plans.corpus import FILE, Corpus, Source, is_colour
 from nnunet_umit.trainers.corpus import CorpusDataset, corpus_table
 from nnunet_umit.trainers.finetune import UMITTrainer
@@ -158,10 +160,64 @@ def test_what_a_corpus_cannot_do_is_refused(make: Callable[..., Path]) -> None:
     assert not (folder.parent / "Dataset911_Thi").exists(), "number 911 would be two datasets then"
     with pytest.raises(ValueError, match="--dataset Thin is neither a number nor a name"):
         build(["Thin"], 900, "Corpus", [], 8.0, 1, Console(quiet=True))
+    with pytest.raises(ValueError, match="--dataset names Dataset911_Thin more than once"):
+        build(["911", FIRST], 900, "Corpus", [], 8.0, 1, Console(quiet=True))
+    with pytest.raises(ValueError, match="Dataset911_Thin is a dataset already, and no corpus"):
+        build([SECOND], 911, "Thin", [], 8.0, 1, Console(quiet=True))
     (folder / "UMITPlans_3d_native" / FILE).write_text("{")
     with pytest.raises(ValueError, match="is damaged .* `umit corpus`"):
         Corpus.read(folder / "UMITPlans_3d_native")
     assert Corpus.read(folder) is None
+
+
+def test_a_dataset_that_was_imported_again_is_preprocessed_again(
+    make: Callable[..., Path], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(FIRST)
+    planned = nnunet_env.preprocessed / FIRST
+    description = json.loads((planned / "dataset.json").read_text())
+    raw = nnunet_env.raw / FIRST
+    raw.mkdir()
+    typed: list[tuple[str, ...]] = []
+
+    def run(self: Any, title: str, *words: str, **options: Any) -> None:
+        typed.append(words)
+        (planned / "dataset.json").write_text((raw / "dataset.json").read_text())
+        (planned / "UMITPlans_3d_native").rename(planned / "UMITCorpusPlans_3d_native")
+        (planned / "UMITPlans.json").rename(planned / "UMITCorpusPlans.json")
+
+    monkeypatch.setattr(StockRunner, "run", run)
+    cases = {f"case_{index:03d}": {"images": [], "label": ""} for index in range(description["numTraining"])}
+    for content in (description, description | {"dataset": cases}):
+        (raw / "dataset.json").write_text(json.dumps(content))
+        build([FIRST], 900, "Corpus", [], 8.0, 1, Console(quiet=True))
+    assert len(typed) == 1 and "--clean" in typed[0], "once, for the list of cases that is new"
+    fewer = dict(list(cases.items())[1:])
+    (raw / "dataset.json").write_text(json.dumps(description | {"dataset": fewer}))
+    assert raw_has_changed(raw, planned)
+    assert not complete(raw, planned / "UMITCorpusPlans_3d_native"), "a case that is not in the dataset any more"
+
+
+def test_a_corpus_has_the_size_that_is_asked_for_and_says_how_to_plan_for_it(make: Callable[..., Path]) -> None:
+    folder, console = make(FIRST), Console(record=True, width=200, file=io.StringIO())
+    assert json.loads((folder / "UMITPlans.json").read_text())["configurations"]["3d_native"]["umit"]["size"] == "XS"
+    build([FIRST], 900, "Corpus", [], 8.0, 1, console, "S")
+    planned = json.loads((folder / "UMITPlans.json").read_text())["configurations"]["3d_native"]
+    assert planned["umit"]["size"] == "S" and planned["architecture"]["arch_kwargs"]["embed_dim"] == 384
+    assert "plan those datasets with -pl UMITPlannerS" in console.export_text()
+    with pytest.raises(ValueError, match="--size M must be one of XS, S, B, L"):
+        build([FIRST], 900, "Corpus", [], 8.0, 1, console, "M")
+
+
+def test_opacity_is_no_image(make: Callable[..., Path], nnunet_env: Any) -> None:
+    folder = make(COLOUR)
+    corpus = Corpus.read(folder / "UMITPlans_3d_native")
+    assert corpus is not None
+    four = np.arange(7, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 3, 4), np.float32)
+    dataset = CorpusDataset(str(folder / "UMITPlans_3d_native"))
+    dataset.open_image = lambda folder, case: four  # type: ignore[method-assign, assignment]
+    image = dataset.load_case(corpus.identifiers()[0])[0]
+    assert image[(slice(None), 0, 0, 0)].tolist() == [0, 1, 2, 4, 5, 6], "red, green, blue, and the spacing"
 
 
 def test_weights_are_read_and_refused() -> None:
@@ -175,6 +231,7 @@ def test_weights_are_read_and_refused() -> None:
 def test_colour_is_told_by_channel_names() -> None:
     assert is_colour({"channel_names": {"0": "R", "1": "G", "2": "B"}})
     assert is_colour({"channel_names": {"0": "red", "1": "green", "2": "blue"}})
+    assert is_colour({"channel_names": {"0": "R", "1": "G", "2": "B", "3": "A"}})
     assert not is_colour({"channel_names": {"0": "T1", "1": "T2", "2": "FLAIR"}})
 
 

@@ -1,12 +1,15 @@
 """The ``umit`` command: light, lazy, and right about what is wrong."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Folders
@@ -16,6 +19,7 @@ from nnunet_umit import __version__, registration
 from nnunet_umit.cli import checks, doctor, run
 from nnunet_umit.cli.app import SUBCOMMANDS, app
 from nnunet_umit.cli.checks import Check, State
+from nnunet_umit.plans import integrity
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -244,9 +248,57 @@ def test_dataset_check_reports_problems_and_exit_code(make_dataset: Callable[...
     code, output = umit("doctor", "-d", str(broken))
     assert code == 1
     assert "case_001_0000.nii.gz" in output and "case_002" in output and "case_000" not in output
+    assert "--clean" not in output
+    (nnunet_env.preprocessed / broken.name).mkdir()
+    (nnunet_env.preprocessed / broken.name / "dataset_fingerprint.json").write_text("{}")
+    assert "again with --clean" in umit("doctor", "-d", str(broken))[1]
     code, output = umit("doctor", "--dataset", "77")
     assert code == 1
     assert "no data set 77" in output
+
+
+def test_faults_of_dataset_json_and_of_the_disk_are_findings(
+    make_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "Dataset901_Balls"
+    shutil.copytree(make_dataset(cases=2), folder)
+    unreadable, read = str(folder / "imagesTr" / "case_001_0000.nii.gz"), integrity._gzip_problem
+
+    def broken_share(path: str, fix: str) -> Any:
+        if path == unreadable:
+            raise OSError(5, "Input/output error")
+        return read(path, fix)
+
+    monkeypatch.setattr(integrity, "_gzip_problem", broken_share)
+    (problem,) = integrity.check_dataset(folder)
+    assert problem.path == unreadable and "cannot be read (Input/output error)" in problem.reason
+    content = json.loads((folder / "dataset.json").read_text())
+    for change, reason in (
+        ({"file_ending": "nii.gz"}, "file_ending is 'nii.gz'"),
+        ({"labels": {"0": "background", "1": "ball"}}, "labels are {'0': 'background'"),
+        ({"file_ending": ".xyz"}, "nnU-Net has no reader for them"),
+    ):
+        (folder / "dataset.json").write_text(json.dumps(content | change))
+        code, output = umit("doctor", "-d", str(folder))
+        assert code == 1 and reason in output, output
+
+
+# --- train --------------------------------------------------------------------------------------------------------
+
+
+def test_train_takes_options_in_any_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.run import run_training
+
+    typed: list[list[str]] = []
+    monkeypatch.setattr(run_training, "run_training_entry", lambda: typed.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["umit"])
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    behind = "900 3d_native all -tr UMITPretrainTrainer --c".split()
+    before = "-tr UMITPretrainTrainer --c -p UMITPlans 900 3d_native all".split()
+    for words in (behind, before):
+        assert umit("train", *words)[0] == 0
+    assert typed == [behind, before]
 
 
 # --- run ----------------------------------------------------------------------------------------------------------

@@ -269,16 +269,20 @@ def test_norms_of_the_stem_see_visible_voxels_only(spacing: tuple[float, ...], s
     encoder = SACViT(1, spacing=spacing, token_size=8, **SMALL)
     image = 3 + 2 * torch.randn(2, 1, *size)
     before: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+    for down in encoder.stem.down:  # type: ignore[union-attr]
+        torch.nn.init.ones_(down.bias)  # as it may become: nothing of it may lie on hidden voxels
     for block in (encoder.stem.full, *encoder.stem.conv):  # type: ignore[union-attr, misc]
-        block.register_forward_hook(lambda _, inputs, output: before.append(output))
+        block.register_forward_hook(lambda _, inputs, output: (read.append(inputs[0]), before.append(output))[0])
     grid = encoder.grid(image)
     visible, _ = random_masking(2, grid.tokens, 0.75, torch.Generator().manual_seed(1))
     encoder.embed(image, visible=visible)
     shown = grid.expand(torch.zeros(2, grid.tokens).scatter(1, visible, 1.0)) > 0
-    for features in before:
+    for image_or_features, features in zip(read, before, strict=True):
         depth, height, width = (whole // own for whole, own in zip(shown.shape[2:], features.shape[2:], strict=True))
         here = shown[:, :, ::depth, ::height, ::width].expand_as(features)
         assert (features[~here] == 0).all()
+        assert (image_or_features[~here[:, :1].expand_as(image_or_features)] == 0).all()
         for sample in range(2):
             for channel, where in zip(features[sample], here[sample], strict=True):
                 seen = channel[where]

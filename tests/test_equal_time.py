@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import (
     accuracy,
@@ -200,11 +203,53 @@ def test_finished_arms_are_not_run_again(tmp_path, monkeypatch, capsys):
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
     with equal_time.alone_in(tmp_path):
-        with pytest.raises(RuntimeError, match="another benchmark is running"):
+        with pytest.raises(RuntimeError, match="another benchmark, or a training that a killed one left, is running"):
             with equal_time.alone_in(tmp_path):
                 pytest.fail("the folder was taken")
     with equal_time.alone_in(tmp_path):
         pass
+
+
+def test_a_training_that_a_killed_benchmark_left_holds_the_folder(tmp_path, monkeypatch):
+    bench, pipe = bench_of(tmp_path, monkeypatch), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with equal_time.alone_in(tmp_path):
+        bench.call(["sh", "-c", f"read line < {pipe} &"], tmp_path / "log")
+    with pytest.raises(RuntimeError, match="a training that a killed one left, is running in"):
+        with equal_time.alone_in(tmp_path):
+            pytest.fail("the folder was taken")
+    pipe.write_text("end\n")
+    with open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for its end
+
+
+def test_dice_counts_no_file_of_an_earlier_validation(tmp_path):
+    class Validating:
+        """Writes a file a case, and scores what is in the folder, as nnU-Net does."""
+
+        output_folder = str(tmp_path)
+        final_validation_cases: int | None = 3
+        inference_allowed_mirroring_axes: Any = (0,)
+        network = argparse.Namespace(load_state_dict=lambda weights: None)
+
+        def perform_actual_validation(self, save_probabilities: bool) -> None:
+            folder = tmp_path / "validation"
+            folder.mkdir(exist_ok=True)
+            for case in range(self.final_validation_cases or 20):
+                (folder / f"{case}.nii.gz").touch()
+            cases = [{} for _ in folder.glob("*.nii.gz")]
+            content = {"foreground_mean": {"Dice": 0.5}, "mean": {"1": {"Dice": 0.5}}, "metric_per_case": cases}
+            (folder / "summary.json").write_text(json.dumps(content))
+
+    trainer, weights = Validating(), tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {}, "inference_allowed_mirroring_axes": (0,)}, weights)
+    report = {"kept": [{"wall_s": 1.0, "checkpoint": str(weights)}], "wall_s": 2.0, "checkpoint": str(weights)}
+    for limit, expected in ((3, 3), (None, 12)):
+        trainer.final_validation_cases = limit
+        curve = budgeted_training.draw_curve(trainer, report, 12)
+        assert [point["dice"]["cases"] for point in curve] == [expected, expected]
+        assert trainer.final_validation_cases == limit and trainer.inference_allowed_mirroring_axes == (0,)
+        assert budgeted_training.validate(trainer)["dice"]["cases"] == (limit or 20)
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):

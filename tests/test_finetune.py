@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 import torch
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform, blur_dimension
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_training import GEOMETRIES, Killed, case_file, folder_of, kill_at, log_of, weights
 from torch import nn
@@ -147,15 +147,22 @@ def trainer_case(trainer: Any, key: str) -> np.ndarray:
     return trainer.dataset_class(trainer.preprocessed_dataset_folder).load_case(key)[0][:]
 
 
-def test_nnunet_augmentation_has_no_stop_watch(prepare: Callable[..., dict]) -> None:
-    """nnU-Net's blur times two algorithms that differ in the last bits, and keeps the quicker one."""
+def test_nnunets_blur_has_no_stop_watch_and_leaves_short_axes_alone(prepare: Callable[..., dict]) -> None:
+    """It times two algorithms that differ in the last bits, and fails where a crop has a slice or two."""
     trainer = tiny.make_trainer(UMITTrainer, prepare(finetune={"augmentation": "nnunet"}))
     trainer.initialize()
     transforms = trainer.training_transforms((16, 16, 16), (-0.5, 0.5), (0, 1, 2), False, None).transforms
     blurs = [
         each.transform for each in transforms if isinstance(getattr(each, "transform", None), GaussianBlurTransform)
     ]
-    assert len(blurs) == 1 and not blurs[0].benchmark
+    (blur,) = blurs
+    blur.p_per_channel, blur.blur_sigma = 1.0, 1.0
+    for depth in (1, 2, 3, 4, 5):
+        image = torch.randn(1, depth, 16, 16)
+        expected = blur_dimension(image, 1.0, 0) if depth > 4 else image
+        expected = blur_dimension(blur_dimension(expected, 1.0, 1), 1.0, 2)
+        assert torch.equal(blur(image=image.clone())["image"], expected)
+    assert not blur.benchmark_use_fft
 
 
 def test_frozen_encoder_rests_and_is_released(prepare: Callable[..., dict]) -> None:

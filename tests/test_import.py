@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,22 @@ def test_a_full_disk_ends_the_run_and_blames_no_file(tmp_path: Path, monkeypatch
     assert (len(outcome.cases), outcome.rejections) == (3, [])
 
 
+def test_a_disk_that_fills_up_without_a_word_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ITK does not look whether the last bytes of a compressed file were written."""
+    write = judging._write_mask
+
+    def cut(mask: Any, loaded: Any, path: str) -> None:
+        write(mask, loaded, path)
+        Path(path).write_bytes(Path(path).read_bytes()[:-20])
+
+    make_good(tmp_path / "scans", 3)
+    monkeypatch.setattr(judging, "_write_mask", cut)
+    with pytest.raises(OutputError, match="truncated: the gzip stream ends early, .*; is the disk full"):
+        start(tmp_path / "scans", tmp_path / "raw")
+    monkeypatch.undo()
+    assert len(start(tmp_path / "scans", tmp_path / "raw").cases) == 3
+
+
 def test_help_needs_no_heavy_library() -> None:
     code = """
 import sys
@@ -311,6 +329,30 @@ def test_a_killed_process_costs_its_file_only(tmp_path: Path, monkeypatch: pytes
     assert kinds(outcome) == {str(killer): Kind.CRASH}
     assert len(outcome.cases) == 10 and outcome.exit_code == 1
     assert "killed the process" in outcome.rejections[0].reason
+
+
+def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
+    """The worker holds a lock until it ends, and would wait for ever."""
+    lock, pipe = tmp_path / "lock", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(corpus.__file__).parent)!r})
+import corpus
+from nnunet_umit.importing import workers
+if __name__ == "__main__":
+    list(workers.each(corpus.hold_for_ever, [({str(lock)!r}, {str(pipe)!r})], 1, corpus.do_nothing))
+"""
+    (tmp_path / "main.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env={**os.environ, "PYTHONPATH": ""})
+    assert pipe.read_text() == "held"  # blocks until the worker has the lock
+    parent.kill()
+    parent.wait()
+    with lock.open() as handle:
+        free = threading.Thread(target=fcntl.flock, args=(handle, fcntl.LOCK_EX), daemon=True)
+        free.start()
+        free.join(timeout=60)
+        assert not free.is_alive(), "the worker is still there"
 
 
 def test_processes_that_never_start_blame_no_file() -> None:

@@ -369,11 +369,12 @@ def test_dicom_series_are_converted_one_by_one(tmp_path: Path) -> None:
     assert rejected == {
         str(folder / "a" / "empty.dcm"): Kind.EMPTY,
         str(damaged): Kind.HEADER,
-        str(folder / "gap"): Kind.GEOMETRY,
-        str(folder / "scout"): Kind.DIMENSION,
+        str(folder / "gap" / "0_1.2.8.3_0.dcm"): Kind.GEOMETRY,
+        str(folder / "scout" / "0_1.2.8.4_0.dcm"): Kind.DIMENSION,
     }
-    gap = next(entry for entry in outcome.rejections if entry.path.endswith("gap"))
+    gap = next(entry for entry in outcome.rejections if "gap" in entry.path)
     assert "2.5 to 5 mm apart, usually 2.5" in gap.reason
+    assert gap.reason.endswith("(DICOM series 1.2.8.3, files: 9)"), "which of the series in its folder"
     assert {case.relative for case in outcome.cases} == {"a/1.2.8.1", "a/1.2.8.2"}
     for case in outcome.cases:
         target = tmp_path / "raw" / "Dataset901_Scans"
@@ -390,6 +391,43 @@ def test_a_dicom_folder_may_be_named_by_way_of_another(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     outcome = start(tmp_path / "work" / ".." / "study", tmp_path / "raw")
     assert [case.relative for case in outcome.cases] == ["a/1.2.8.1"] and not outcome.rejections
+
+
+@pytest.mark.parametrize("folders", [2, 10])
+def test_a_series_may_lie_in_several_folders(tmp_path: Path, folders: int) -> None:
+    """Half and half, or every slice in a folder of its own."""
+    study = tmp_path / "study"
+    volume = make_series(study / "0", "1.2.8.1")
+    for index, file in enumerate(sorted((study / "0").iterdir())):
+        if index % folders:
+            (study / str(index % folders)).mkdir(exist_ok=True)
+            file.rename(study / str(index % folders) / file.name)
+    outcome = start(study, tmp_path / "raw")
+    assert not outcome.rejections
+    (case,) = outcome.cases
+    assert case.relative == "0/1.2.8.1" and case.shape == (10, 16, 20)
+    image = sitk.ReadImage(str(tmp_path / "raw" / "Dataset901_Scans" / case.image))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), volume)
+
+
+def test_series_that_an_anonymiser_gave_one_uid_stay_apart(tmp_path: Path) -> None:
+    make_series(tmp_path / "study" / "a", "1.2.8.1")
+    make_series(tmp_path / "study" / "b", "1.2.8.2")  # other voxels in the same place
+    for file in (tmp_path / "study" / "b").iterdir():
+        file.write_bytes(file.read_bytes().replace(b"1.2.8.2", b"1.2.8.1"))
+    outcome = start(tmp_path / "study", tmp_path / "raw")
+    assert [case.relative for case in outcome.cases] == ["a/1.2.8.1", "b/1.2.8.1"] and not outcome.rejections
+
+
+def test_frames_are_not_taken_for_slices(tmp_path: Path) -> None:
+    """A cine loop in one file: nothing tells its moments from slices."""
+    image = sitk.GetImageFromArray(body(3, (12, 16, 20)))
+    for tag, value in {"0008|0060": "US", "0008|0008": "DERIVED\\SECONDARY", "0020|000e": "1.2.8.7"}.items():
+        image.SetMetaData(tag, value)
+    (tmp_path / "study").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "study" / "cine.dcm"))
+    (entry,) = start(tmp_path / "study", tmp_path / "raw").rejections
+    assert entry.kind is Kind.DIMENSION and "multi-frame DICOM of 12 frames" in entry.reason
 
 
 def test_slices_must_be_evenly_spaced() -> None:

@@ -115,6 +115,93 @@ def test_a_former_training_is_moved_aside(prepare: Callable[..., dict]) -> None:
     assert names == {"old_checkpoint_final.pth", "old_checkpoint_best.pth", checkpoints.LATEST}
 
 
+def test_starting_again_and_again_loses_no_epoch_and_no_model(prepare: Callable[..., dict]) -> None:
+    """A job without --c on a machine that takes it away: hours, then minutes, must not leave minutes."""
+    plans = prepare(finetune={"epochs": 4})
+
+    def start(until: int | None) -> Path:
+        trainer = tiny.make_trainer(UMITTrainer, plans)
+        if until is None:
+            trainer.run_training()
+            return folder_of(trainer)
+        kill_at(trainer, until)
+        with pytest.raises(Killed):
+            trainer.run_training()
+        return folder_of(trainer)
+
+    folder = start(until=9)
+    start(until=4)
+    assert read_checkpoint(folder / "old_checkpoint_latest.pth")["current_epoch"] == 3
+    start(until=0)
+    assert read_checkpoint(folder / "old_checkpoint_latest.pth")["current_epoch"] == 3
+    for _ in range(2):
+        start(until=None)
+    start(until=0)
+    finished = {"old_checkpoint_final.pth", "old_checkpoint_final_2.pth"}
+    assert finished <= {file.name for file in folder.glob("*.pth")}
+    assert [read_checkpoint(folder / name)["current_epoch"] for name in sorted(finished)] == [4, 4]
+
+
+def test_a_full_disk_at_the_start_leaves_the_former_training_where_it_is(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = prepare()
+    tiny.make_trainer(UMITTrainer, plans).run_training()
+    second = tiny.make_trainer(UMITTrainer, plans)
+    before = sorted(file.name for file in folder_of(second).glob("*.pth"))
+
+    def full(folder: Path, needed: int, what: str) -> None:
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(checkpoints, "require_space", full)
+    with pytest.raises(CheckpointError, match="no room"):
+        second.run_training()
+    assert sorted(file.name for file in folder_of(second).glob("*.pth")) == before
+
+
+def test_a_finished_training_that_is_made_longer_continues_where_it_was_killed(prepare: Callable[..., dict]) -> None:
+    """nnU-Net takes the final checkpoint where there is one."""
+    plans = prepare(finetune={"epochs": 2})
+    tiny.make_trainer(UMITTrainer, plans).run_training()
+    plans["configurations"]["3d_fullres"]["umit"]["finetune"]["epochs"] = 5
+    longer = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    final = str(folder_of(longer) / checkpoints.FINAL)
+    longer.load_checkpoint(final)
+    kill_at(longer, 13)
+    with pytest.raises(Killed):
+        longer.run_training()
+    again = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    again.load_checkpoint(final)
+    assert again.current_epoch == 4 and "checkpoint_latest.pth: 4 of 5 epochs are done" in log_of(again)
+    validating = tiny.make_trainer(UMITTrainer, plans)
+    validating.load_checkpoint(final)
+    assert validating.current_epoch == 2, "what is validated is the final one"
+
+
+def test_disabled_checkpointing_takes_none_away(prepare: Callable[..., dict]) -> None:
+    plans = prepare(finetune={"epochs": 3})
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    kill_at(trainer, 5)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    files = {file.name: file.read_bytes() for file in folder_of(trainer).glob("*.pth")}
+    assert checkpoints.LATEST in files
+    again = tiny.make_trainer(UMITTrainer, plans, resume=True)
+    again.load_checkpoint(str(folder_of(again) / checkpoints.LATEST))
+    again.disable_checkpointing = True
+    again.run_training()
+    assert again.current_epoch == 3
+    assert {file.name: file.read_bytes() for file in folder_of(again).glob("*.pth")} == files
+    assert "disable_checkpointing" in again.name_last_good()
+
+
+def test_ranks_that_begin_at_different_places_are_refused(prepare: Callable[..., dict]) -> None:
+    trainer = tiny.make_trainer(UMITTrainer, prepare())
+    trainer.gather = lambda values: [*values, (True, 7)]
+    with pytest.raises(CheckpointError, match=r"\(False, 0\), \(True, 7\).*one folder that all machines share"):
+        trainer.run_training()
+
+
 def test_disabled_checkpointing_writes_none(prepare: Callable[..., dict]) -> None:
     plans = prepare()
     trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
@@ -141,8 +228,9 @@ def test_the_latest_checkpoint_knows_the_best_score(
 
     trainer.save_checkpoint = watch
     trainer.run_training()
+    assert seen[0] == (checkpoints.FIRST, None, [])
     latest = [entry for entry in seen if entry[0] == checkpoints.LATEST]
-    assert latest[0][1:] == (None, []) and latest[1][1] == latest[1][2][0]
+    assert latest[0][1] == latest[0][2][0]
 
 
 def test_a_checkpoint_of_another_trainer_or_network_is_refused(pretrained: tuple[dict, Path]) -> None:

@@ -169,6 +169,7 @@ def test_a_checkpoint_of_its_own_kind_brings_the_encoder_and_a_tokenizer_where_t
         model.load_umit_pretrained(str(first))
     report = model.load_umit_pretrained(str(tmp_path / "soft_tokens.pth"))
     assert report is not None and report.fraction == 1.0 and model.ready
+    assert not [name for name in (*report.new, *report.unused) if name.startswith("tokenizer.") or name == "ready"]
     assert all(
         torch.equal(value, source.encoder.state_dict()[name]) for name, value in model.encoder.state_dict().items()
     )

@@ -14,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from tiny_training import Killed, curves, equal, folder_of, kill_at, weights
 
+from nnunet_umit.architectures.masking import TooFewTokensError
 from nnunet_umit.architectures.native import SPACING_CHANNELS, NativeView, append_spacing, bucket
 from nnunet_umit.plans.native import crop_shape, representative
 from nnunet_umit.spacing import Anisotropy
@@ -342,6 +343,23 @@ def test_zoom_is_told_and_appearance_leaves_the_spacing_alone(
     assert 1.0 in zooms and len(zooms) > 3 and all(0.7 <= zoom <= 1.4 for zoom in zooms)
 
 
+@pytest.mark.parametrize("spacing", [(999.0, 1.0, 1.0), (8.0, 1.0, 1.0), (16.0, 1.0, 1.0)])
+def test_crops_of_a_slice_or_two_are_augmented_too(
+    native: Callable[..., dict], nnunet_env: Any, spacing: tuple[float, ...]
+) -> None:
+    plans = native(cases=1, spacings=(spacing,), finetune={"augmentation": "nnunet", "thicken": 0.3})
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.initialize()
+    made = trainer.get_dataloaders()[0].batches.samples
+    shapes = set()
+    for seed in range(60):
+        with random_state(seed):
+            image, target = made.make(made.draw()[0], 0)[:2]
+        assert image.isfinite().all() and target.shape[1:] == image.shape[1:]
+        shapes.add(min(image.shape[1:]))
+    assert min(shapes) <= 2
+
+
 def test_a_zoomed_sample_shows_the_object_at_its_new_size() -> None:
     """The scale the network is told of is the scale that happened: a ball of 8 mm stays a ball of 8 mm."""
     axis = torch.arange(48.0) - 23.5
@@ -439,6 +457,14 @@ def test_native_pretraining_serves_native_finetuning_and_prediction(native: Call
 
 def trainer_case(trainer: Any, key: str) -> np.ndarray:
     return trainer.dataset_class(trainer.preprocessed_dataset_folder).load_case(key)[0][:]
+
+
+def test_an_image_of_one_token_is_named(nnunet_env: Any) -> None:
+    plans = tiny.make_plans(native=True)
+    tiny.write_preprocessed(nnunet_env.preprocessed, plans, cases=1, shape=(7, 7, 7), spacings=((1.0, 1.0, 1.0),))
+    trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
+    with pytest.raises(TooFewTokensError, match="1 token.s. cannot be masked; .* leave such images out: case_000"):
+        trainer.run_training()
 
 
 def test_thickening_needs_a_network_that_can_be_told(prepare: Callable[..., dict]) -> None:

@@ -288,6 +288,37 @@ def test_memory_target_that_is_too_small_is_refused(invent: Callable[..., str]) 
 
 
 @pytest.mark.usefixtures("cheap_memory")
+def test_slices_a_hundred_pixels_thick_are_a_volume_all_the_same(invent: Callable[..., str]) -> None:
+    """Sparse OCT rasters: the network treats their slices as images, and there are several in a patch."""
+    plans = UMITPlanner(invent((40, 300, 260), (0.5, 0.004, 0.004))).plan_experiment()
+    full = plans["configurations"]["3d_fullres"]
+    assert len(full["patch_size"]) == 3 and full["patch_size"][0] > 1
+    assert Anisotropy.from_spacing(full["spacing"]).planar
+    assert {len(stride) for stride in full["architecture"]["arch_kwargs"]["strides"]} == {3}
+    with torch.device("meta"):
+        manager = PlansManager(plans).get_configuration("3d_fullres")
+        network = get_network_from_plans(
+            manager.network_arch_class_name, manager.network_arch_init_kwargs,
+            manager.network_arch_init_kwargs_req_import, 1, 3, deep_supervision=False,
+        )  # fmt: skip
+        assert list(network(torch.empty(1, 1, *full["patch_size"])).shape[2:]) == full["patch_size"]
+
+
+@pytest.mark.usefixtures("cheap_memory")
+def test_a_configuration_that_inherits_its_patch_survives_planning_again(
+    invent: Callable[..., str], nnunet_env: Any
+) -> None:
+    name = invent((35, 50, 35), (1.0, 1.0, 1.0))
+    plans = UMITPlanner(name).plan_experiment()
+    full = plans["configurations"]["3d_fullres"]
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres"} | {
+        key: full[key] for key in ("umit", "architecture")
+    }
+    (nnunet_env.preprocessed / name / "UMITPlans.json").write_text(json.dumps(plans))
+    assert "mine" in UMITPlanner(name).plan_experiment()["configurations"]
+
+
+@pytest.mark.usefixtures("cheap_memory")
 def test_stale_configurations_go_and_own_ones_stay(
     invent: Callable[..., str], nnunet_env: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

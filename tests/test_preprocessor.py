@@ -35,6 +35,8 @@ def test_preprocessor_refuses_damaged_cases(make_dataset: Callable[..., Path], c
     configuration = plans.get_configuration("3d_fullres")
     with pytest.raises(BadImageError, match=message):
         UMITPreprocessor(verbose=False).run_case(images, label, plans, configuration, dataset_json)
+    with pytest.raises(BadImageError, match="preprocess again with --clean: the fingerprint was taken with this file"):
+        UMITPreprocessor(verbose=False).run_case(images, label, plans, configuration, dataset_json)
 
 
 def test_preprocessor_leaves_good_cases_to_nnunet(make_dataset: Callable[..., Path]) -> None:
@@ -53,7 +55,7 @@ def test_preprocessor_leaves_good_cases_to_nnunet(make_dataset: Callable[..., Pa
 def test_preprocessor_checks_arrays_at_prediction() -> None:
     plans, dataset_json = _small_plans()
     image = np.full((1, 8, 8, 8), np.inf, np.float32)
-    with pytest.raises(BadImageError, match="array without a file name: channel 0 holds 512 of 512 voxels"):
+    with pytest.raises(BadImageError, match="without a file name: channel 0 holds 512 of 512 voxels.*again$"):
         UMITPreprocessor(verbose=False).run_case_npy(
             image, None, {"spacing": [1, 1, 1]}, plans, plans.get_configuration("3d_fullres"), dataset_json
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nnunet_umit.architectures import sac
 from nnunet_umit.architectures.sac import (
     SACConv,
     SACDown,
@@ -239,6 +241,19 @@ def test_cached_kernels_follow_the_weights(layer: torch.nn.Module) -> None:
     layer(image, anisotropy, 2 if isinstance(layer, SACUp) else 0).sum().backward()
     if layer.weight.grad is None:
         raise AssertionError("the cached kernel has cut the gradient")
+
+
+@pytest.mark.parametrize("layer", [SACDown(2, 2, 2), SACConv(2, 2), SACUp(2, 2, 2)])
+def test_images_of_a_thousand_spacings_do_not_fill_the_memory(layer: Any) -> None:
+    layer.eval()
+    with torch.inference_mode():
+        for step in range(50):
+            ratio = 2.0 + step / 100
+            layer(torch.randn(1, 2, 4, 8, 8), Anisotropy(ratio), 1)
+        assert len(layer._reduced) <= sac.KEPT
+        latest = layer._reduced[Anisotropy(2.49), 1]
+        layer(torch.randn(1, 2, 4, 8, 8), Anisotropy(2.49), 1)
+    assert layer._reduced[Anisotropy(2.49), 1] is latest, "kept while it is in use"
 
 
 def test_unknown_fidelity_is_named() -> None:

@@ -29,12 +29,12 @@ ISOTROPIC, PLANAR = Anisotropy(1.0), Anisotropy(math.inf)
     ],
 )
 def test_token_size(median: tuple[int, ...], anisotropy: Anisotropy, expected: int) -> None:
-    patch = sizing.pad_to_tokens(median, sizing.token_shape(8, anisotropy))
+    patch = sizing.pad_to_tokens(median, sizing.token_shape(8, anisotropy, len(median)))
     assert sizing.choose_token_size(patch, anisotropy) == expected
 
 
 def test_hippocampus_patch() -> None:
-    token = sizing.token_shape(8, ISOTROPIC)
+    token = sizing.token_shape(8, ISOTROPIC, 3)
     patch = sizing.fit_patch((35, 50, 35), token, lambda patch: True)
     assert (token, patch, sizing.count_tokens(patch, token)) == ((8, 8, 8), (40, 56, 40), 175)
 
@@ -48,7 +48,7 @@ def test_hippocampus_patch() -> None:
 def test_patch_is_whole_tokens_within_the_median_and_fits(
     median: list[float], ratio: float, token_size: int, voxels: int
 ) -> None:
-    token = sizing.token_shape(token_size, Anisotropy(ratio))
+    token = sizing.token_shape(token_size, Anisotropy(ratio), 3)
     patch = sizing.fit_patch(median, token, lambda patch: math.prod(patch) <= voxels)
     assert math.prod(patch) <= voxels
     assert all(size % step == 0 and size >= step for size, step in zip(patch, token, strict=True))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ def test_the_tokenizer_of_the_plans_is_read_at_the_beginning_only(prepare: Calla
     validating = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)  # --val
     validating.load_checkpoint(str(folder_of(trainer) / "checkpoint_final.pth"))
     assert equal(weights(validating), weights(trainer)) and bool(validating.model().ready)
+
+
+def test_what_is_explained_is_held_against_the_codes_of_all_passes(prepare: Callable[..., dict]) -> None:
+    """Two images of one code each: within an image nothing is left to know, over both an unsure network is wrong."""
+    trainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, prepare())
+    each = {"loss": 0.3, "cross-entropy": 0.3, "target entropy": 0.1, "accuracy": 1.0, "tokens": 8}
+    figures = trainer.summarise([each | {"usage": [1.0, 0.0, 0.0]}, each | {"usage": [0.0, 1.0, 0.0]}])
+    assert figures["information_explained"] == pytest.approx((math.log(2) - 0.3) / (math.log(2) - 0.1))
+    assert figures["kl_divergence"] == pytest.approx(0.2)
 
 
 def test_without_a_tokenizer_nothing_begins(prepare: Callable[..., dict]) -> None:

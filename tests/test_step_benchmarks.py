@@ -205,6 +205,22 @@ def test_plans_and_memory_are_stored_and_not_made_again(tmp_path, monkeypatch, c
 
 
 # ------------------------------------------------------------------------------------------------------ journey
+def test_a_stored_journey_is_repeated_once_where_that_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "data" / "Dataset004_Hippocampus").mkdir(parents=True)
+    (tmp_path / "data" / "Dataset004_Hippocampus" / "dataset.json").write_text("{}")
+    monkeypatch.setenv("UMIT_DATA", str(tmp_path / "data"))
+    results, ran = Results("journey", "", tmp_path / "results"), []
+    monkeypatch.setattr(journey.Journey, "words", lambda self, *words: ran.append(words) or ["true"])
+    journey.Journey(tmp_path / "work", results).run("4/predict", "nnUNetv2_predict")
+    stored = journey.Journey(tmp_path / "work", results)
+    stored.run("4/predict", "nnUNetv2_predict")
+    assert len(ran) == 1
+    repeated = journey.Journey(tmp_path / "work", results, again=True)
+    for _ in range(2):
+        repeated.run("4/predict", "nnUNetv2_predict")
+    assert len(ran) == 2
+
+
 def state(losses: list[float], weight: float) -> dict[str, Any]:
     return {
         "logging": {"train_losses": losses, "val_losses": [1.0]},

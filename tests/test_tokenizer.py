@@ -184,6 +184,17 @@ def test_the_discriminator_is_heard_only_while_its_gate_is_open() -> None:
     assert float(network.discriminator.gate[1]) == pytest.approx(float(loss))
 
 
+def test_losses_and_gate_of_the_discriminator_are_float32_under_autocast() -> None:
+    """As a GPU trains it; the products of its convolutions are bfloat16."""
+    network, image = training(discriminator=1.0), images((1.0, 1.0, 1.0))
+    assert network.discriminator is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = network.discriminator_loss(network(image))
+        network.discriminator.gate.fill_(0.01)
+        heard = network(image).local
+    assert loss.dtype == heard.dtype == network.discriminator.gate.dtype == torch.float32
+
+
 @pytest.mark.parametrize("shape", [(12, 14, 16), (1, 16, 18), (5, 16, 16)])
 def test_similarity_is_that_of_a_well_known_library(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -191,6 +191,53 @@ def test_validation_uses_the_same_batches_and_masks_every_epoch(prepare: Callabl
     assert len(set(trainer.logged("train_losses"))) == 3
 
 
+def test_more_processes_than_samples_and_no_gpu_are_explained(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = prepare(batch=2)
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.is_ddp = True
+    monkeypatch.setattr(base.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="a batch of 2 cannot be shared out to 3 processes: set batch_size of 3d_full"):
+        trainer._set_batch_size_and_oversample()
+    plans["configurations"]["3d_fullres"]["batch_dice"] = True
+    dice = tiny.make_trainer(UMITTrainer, plans)
+    dice.is_ddp = True
+    monkeypatch.setattr(base.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(base.distributed, "get_rank", lambda: 0)
+    dice._set_batch_size_and_oversample()
+    plans["configurations"]["3d_fullres"]["batch_size"] = 3
+    dice = tiny.make_trainer(UMITTrainer, plans)
+    dice.is_ddp = True
+    with pytest.raises(ValueError, match="3 samples have no equal shares for 2 processes"):
+        dice._set_batch_size_and_oversample()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="torch finds no GPU here: add -device cpu"):
+        tiny.make_trainer(UMITTrainer, plans, device=torch.device("cuda"))
+
+
+def test_every_step_hides_other_tokens(prepare: Callable[..., dict]) -> None:
+    trainer = tiny.make_trainer(UMITPretrainTrainer, prepare())
+    trainer.initialize()
+    hidden: list[tuple[int, ...]] = []
+
+    def watch(module: Any, _: Any, output: Any) -> None:
+        if module.training:
+            hidden.append(tuple(output.hidden.flatten().tolist()))
+
+    trainer.unwrapped().register_forward_hook(watch)
+    trainer.run_training()
+    assert len(hidden) == len(set(hidden)) == 6
+
+
+@pytest.mark.parametrize("trainer_class", [UMITPretrainTrainer, UMITTrainer])
+def test_gradients_are_clipped(prepare: Callable[..., dict], trainer_class: type) -> None:
+    trainer = tiny.make_trainer(trainer_class, prepare(**{trainer_class.section: {"clip_norm": 1e-3}}))
+    trainer.run_training()
+    gradients = [weight.grad for weight in trainer.network.parameters() if weight.grad is not None]
+    assert torch.stack([each.norm() for each in gradients]).norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
 def test_pretraining_goes_on_from_an_encoder(pretrained: tuple[dict, Path]) -> None:
     """-pretrained_weights with UMITPretrainTrainer: every weight arrives, decoder included; the report is kept."""
     plans, source = pretrained

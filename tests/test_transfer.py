@@ -68,13 +68,27 @@ def test_every_pair_transfers(
         assert not report.adapted
 
 
-def test_stems_differ_but_the_transformer_arrives(tmp_path: Path) -> None:
-    wide = {"embed_dim": 96, "depth": 4}
-    report = network("isotropic", "conv", **wide).load_umit_pretrained(
-        str(checkpoint(tmp_path, "isotropic", "patch", **wide))
-    )
-    assert 0.9 < report.fraction < 1.0
-    assert any(name.startswith("encoder.stem") for name in report.new)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("patch", {}), ("conv", {})),
+        (("conv", {}), ("patch", {})),
+        (("conv", {"stem_channels": [4, 6, 12]}), ("conv", {})),
+    ],
+)
+def test_stems_differ_but_the_transformer_arrives(tmp_path: Path, before: Any, after: Any) -> None:
+    """Nothing of a stem is adapted to a layer that reads other things than the one it comes from."""
+    wide = {"embed_dim": 96, "depth": 6, "token_size": 4}
+    net = network("isotropic", after[0], **wide, **after[1])
+    projection = net.encoder.stem.project.weight.clone()
+    file = checkpoint(tmp_path, "isotropic", before[0], **wide, **before[1])
+    report = net.load_umit_pretrained(str(file))
+    assert 0.9 < report.fraction < 1.0 and not report.adapted
+    assert "encoder.stem.project.weight" in report.new and torch.equal(net.encoder.stem.project.weight, projection)
+    inner = [name for name in net.state_dict() if name.startswith("encoder.") and ".stem." not in name]
+    assert set(inner) <= set(report.loaded)
+    if before[0] != after[0]:
+        assert all(name in report.new for name in net.state_dict() if name.startswith("encoder.stem."))
 
 
 def test_channel_rules() -> None:
@@ -125,6 +139,9 @@ def test_another_architecture_is_refused_and_nothing_changes(tmp_path: Path) -> 
     other = checkpoint(tmp_path, "isotropic", embed_dim=24)
     with pytest.raises(ValueError, match=r"at least 90 % is needed.*First difference"):
         net.load_umit_pretrained(str(other))
+    deeper = checkpoint(tmp_path, "isotropic", depth=5)
+    with pytest.raises(ValueError, match=r"is deeper: it has encoder\.transformer\.blocks .* too"):
+        net.load_umit_pretrained(str(deeper))
     torch.save({"network_weights": {"conv.weight": torch.zeros(3)}}, tmp_path / "unet.pth")
     with pytest.raises(ValueError, match="0.0 % of the encoder.*no parameter names"):
         net.load_umit_pretrained(str(tmp_path / "unet.pth"))

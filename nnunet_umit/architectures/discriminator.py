@@ -33,13 +33,13 @@ class PatchDiscriminator(nn.Module):
         self.register_buffer("gate", torch.tensor([FIRST, FIRST]))
 
     def forward(self, image: Tensor, anisotropy: Anisotropy) -> Tensor:
-        """(B, C, D, H, W) of any size to a map of scores, an eighth of it in plane."""
+        """(B, C, D, H, W) of any size to a map of scores, an eighth of it in plane, in float32."""
         depth, height, width = image.shape[2:]
         image = TokenGrid((depth, height, width), anisotropy.token(2 ** len(WIDTHS))).pad(image)
         for halvings, (down, conv, norm) in enumerate(zip(self.down, self.conv, self.norm, strict=True)):
             image = conv(down(image, anisotropy, halvings), anisotropy, halvings + 1)
             image = F.leaky_relu(norm(image), 0.2)
-        return self.score(image)
+        return self.score(image).float()  # losses and gate are float32 under autocast too
 
     def loss(self, real: Tensor, made: Tensor, anisotropy: Anisotropy) -> Tensor:
         """Hinge loss of the discriminator; moves the gate in training."""

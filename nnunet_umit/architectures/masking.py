@@ -18,14 +18,18 @@ from nnunet_umit.spacing import TokenGrid
 SMALLEST = 1e-30  # a total weight below this counts as this: where nothing is near, nothing is suggested
 
 
+class TooFewTokensError(ValueError):
+    """An image of a single token: nothing of it can be hidden and something shown."""
+
+
 def visible_count(tokens: int, mask_ratio: float) -> int:
     """``floor(L (1 - ratio))``, at least one token visible and one hidden.
 
     Raises:
-        ValueError: fewer than two tokens.
+        TooFewTokensError: fewer than two tokens.
     """
     if tokens < 2:
-        raise ValueError(
+        raise TooFewTokensError(
             f"an image of {tokens} token(s) cannot be masked; use a larger patch or a smaller token_size in the plans"
         )
     return min(max(int(tokens * (1.0 - mask_ratio) + 1e-6), 1), tokens - 1)

@@ -138,11 +138,9 @@ class SoftTokenModel(Transferable):
         logits = self.head(self.encode(view, visible, hidden)).float()
         each = soft_cross_entropy(logits, target)
         entropy = token_entropy(target.clamp_min(torch.finfo(target.dtype).tiny).log()).mean()
-        marginal = target.flatten(0, 1).mean(0).clamp_min(torch.finfo(target.dtype).tiny)
         measures = {
             "cross-entropy": float(each.detach().mean()),
             "target entropy": float(entropy),
-            "marginal cross-entropy": float(-(target * marginal.log()).sum(-1).mean()),
             "accuracy": float((logits.argmax(-1) == target.argmax(-1)).float().mean()),
         }
         return SoftTokenOutput(each.mean(), each.detach().mean(1), measures, logits, target, visible, hidden, view)
@@ -180,8 +178,8 @@ class SoftTokenModel(Transferable):
             self.take_tokenizer(path)
         if not has_encoder:
             return None
-        state = {name: value for name, value in state.items() if not name.startswith("tokenizer.") and name != "ready"}
-        self.transfer_report = transfer_encoder(state, self, source=str(path), card=card)
+        mine = ("tokenizer.", "ready")
+        self.transfer_report = transfer_encoder(state, self, source=str(path), card=card, leave=mine)
         return self.transfer_report
 
     def take_tokenizer(self, path: str) -> None:

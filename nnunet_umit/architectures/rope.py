@@ -68,7 +68,7 @@ def _constant_table(shape: Size3, steps: Steps, order: Size3, head_dim: int, dev
     return _table(shape, steps, order, head_dim, device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _table(shape: Size3, steps: Steps, order: Size3, head_dim: int, device: torch.device) -> Tensor:
     grid = TokenGrid(shape, (1, 1, 1), steps, order)
     with torch.inference_mode(False), torch.no_grad():

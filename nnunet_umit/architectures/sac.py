@@ -129,8 +129,11 @@ def same_conv(image: Tensor, kernel: Tensor) -> Tensor:
     return F.conv3d(image, kernel, padding=tuple(size // 2 for size in kernel.shape[2:]))
 
 
+KEPT = 8  # reduced kernels of a layer: the levels of a dataset; where every image has its own ratio, the latest
+
+
 class _SACLayer(nn.Module):
-    """Holds the stored kernel and caches the reduced one while it cannot change (eval, no gradient)."""
+    """Holds the stored kernel and caches reduced ones while it cannot change (eval, no gradient)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -147,6 +150,8 @@ class _SACLayer(nn.Module):
             return reduce(self.weight)
         key = (anisotropy, halvings)
         if key not in self._reduced:
+            if len(self._reduced) >= KEPT:
+                del self._reduced[next(iter(self._reduced))]
             with torch.inference_mode(False), torch.no_grad():
                 self._reduced[key] = reduce(self.weight)
         return self._reduced[key]

@@ -74,7 +74,7 @@ class Shown:
 class ConvNormAct(nn.Module):
     """Same-size SAC convolution, instance norm with affine parameters, LeakyReLU; the shape of nnU-Net's own block.
 
-    Instance norm is written as a group norm with one channel a group, which also accepts a single voxel.
+    Instance norm is written as a group norm with one channel a group.
     """
 
     def __init__(self, in_channels: int, out_channels: int, fidelity: str) -> None:
@@ -135,6 +135,9 @@ class ConvStem(nn.Module):
         for halvings, (down, conv) in enumerate(zip(self.down, self.conv, strict=True), start=1):
             if shown is not None:
                 shown = shown.halved(anisotropy.depth_stride(2, halvings - 1))
-            features.append(conv(down(features[-1], anisotropy, halvings - 1), anisotropy, halvings, shown))
+            finer = down(features[-1], anisotropy, halvings - 1)
+            if shown is not None:
+                finer = finer * shown.mask  # its bias would tell the next convolution where the hidden voxels begin
+            features.append(conv(finer, anisotropy, halvings, shown))
         kernel = self.project.kernel(anisotropy, 2)
         return embed_patches(features[-1], kernel, self.project.bias, visible_BK), features

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 MINIMUM_FRACTION = 0.9
 ENCODER_FILE = "encoder.safetensors"
 CARD_FILE = "card.json"
+FIRST_OF_CONV_STEM, FIRST_OF_PATCH_STEM = "encoder.stem.full.conv.weight", "encoder.stem.project.weight"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -97,26 +98,34 @@ def transfer_encoder(
     *,
     source: str = "state dict",
     card: Mapping[str, Any] | None = None,
+    leave: Sequence[str] = (),
 ) -> TransferReport:
     """Copy a UMIT state dict into ``network`` (which has ``.encoder``), adapting shapes; prints the report.
 
+    Args:
+        leave: first parts of names that are none of this transfer's business, on neither side.
+
     Raises:
-        ValueError: under 90 % of the encoder's values arrived; the network is unchanged then.
+        ValueError: under 90 % of the encoder's values arrived, or the source is deeper; the network is unchanged then.
     """
     if not any(name.startswith("encoder.") for name in state):
         state = {f"encoder.{name}": value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(tuple(leave))}
     report = TransferReport(source)
-    target = network.state_dict()
+    target = {name: value for name, value in network.state_dict().items() if not name.startswith(tuple(leave))}
+    stems = FIRST_OF_CONV_STEM in state, FIRST_OF_CONV_STEM in target
+    first = FIRST_OF_CONV_STEM if stems[1] else FIRST_OF_PATCH_STEM
     values: dict[str, Tensor] = {}
     for name, wanted in target.items():
         found = state.get(name)
-        if found is None or ".head" in name:
+        other_stem = stems[0] != stems[1] and name.startswith("encoder.stem.")  # equal names of unlike layers
+        if found is None or ".head" in name or other_stem:
             report.new.append(name)
         elif found.shape == wanted.shape:
             values[name] = found
             report.loaded.append(name)
         else:
-            adapted = adapt(name, found, wanted)
+            adapted = adapt(name, found, wanted, reads_image=name == first)
             if adapted is None:
                 report.new.append(name)
             else:
@@ -129,9 +138,16 @@ def transfer_encoder(
             f"only {100 * report.fraction:.1f} % of the encoder would come from {source}, at least "
             f"{100 * MINIMUM_FRACTION:.0f} % is needed: it belongs to another architecture. "
             f"{_differences(state, target)}"
-            "Pre-train with the same plans size (UMITPlannerS, B or L) and stem."
+            "Plan both with the same size (-pl UMITPlannerS, B or L; umit corpus --size) and stem."
         )
-    network.load_state_dict({**target, **{name: value.to(target[name].dtype) for name, value in values.items()}})
+    deeper = [name for name in report.unused if name.startswith("encoder.") and not name.startswith("encoder.stem.")]
+    if deeper:
+        raise ValueError(
+            f"the encoder of {source} is deeper: it has {', '.join(_summary(deeper))} too, and its last norm follows "
+            "those. Plan both with the same size (-pl UMITPlannerS, B or L; umit corpus --size) and depth."
+        )
+    arrived = {name: value.to(target[name].dtype) for name, value in values.items()}
+    network.load_state_dict({**network.state_dict(), **arrived})
     print(report, flush=True)
     licence = (card or {}).get("licence")
     if licence:
@@ -156,13 +172,16 @@ class Transferable(nn.Module):
         return self.transfer_report
 
 
-def adapt(name: str, found: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
-    """Change a stem kernel (O, C, k, k, k) to the wanted channels and size; None where no rule applies."""
+def adapt(name: str, found: Tensor, wanted: Tensor, reads_image: bool) -> tuple[Tensor, str] | None:
+    """Change a stem kernel (O, C, k, k, k) to the wanted channels, if they are the image's (``reads_image``), and size;
+    None where no rule applies."""
     if not name.startswith("encoder.stem.") or found.dim() != 5 or found.shape[0] != wanted.shape[0]:
         return None
     steps = []
     value = found.float()
     if found.shape[1] != wanted.shape[1]:
+        if not reads_image:
+            return None
         value = adapt_channels(value, wanted.shape[1])
         steps.append(f"channels {found.shape[1]} -> {wanted.shape[1]}")
     if found.shape[2:] != wanted.shape[2:]:

@@ -40,8 +40,10 @@ def _delegate(name: str, module: str) -> Callable[[typer.Context], None]:
 
     def command(context: typer.Context) -> None:
         real = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        # Options end at the first argument: `umit run nnUNetv2_train --help` asks nnUNetv2_train.
-        real.command(context_settings={"allow_interspersed_args": False} if name in ("run", "train") else None)(
+        # Options end at the first argument: `umit run nnUNetv2_train --help` asks nnUNetv2_train. All that `umit train`
+        # does not know, before it or behind it, is nnUNetv2_train's.
+        settings = {"allow_interspersed_args": False, "ignore_unknown_options": name == "train"}
+        real.command(context_settings=settings if name in ("run", "train") else None)(
             getattr(import_module(module), module.rpartition(".")[2])
         )
         real(context.args, prog_name=f"umit {name}")

@@ -131,7 +131,7 @@ def check_hook() -> list[Check]:
     else:
         present = _start_up_file()
         why = "Python skipped it (python -S?)" if present else "nnunet_umit.pth is not in any site-packages folder"
-        fix = "pip install --force-reinstall --no-deps nnunet-umit (not with --target)"
+        fix = "pip install --force-reinstall --no-deps . in the folder of nnunet-umit's sources (not with --target)"
         rows.append(Check(subject="start-up hook", state=State.WRONG, finding=f"not active: {why}", fix=fix))
     if switched_off and rows[0].state is State.OK:
         rows.append(Check(subject=registration.NO_HOOK, state=State.NOTE, finding=f"{opt_out}, set after the start"))

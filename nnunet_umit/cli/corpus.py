@@ -15,6 +15,7 @@ from rich.table import Table
 
 SOURCE_PLANS = "UMITCorpusPlans"  # written where a dataset has no 3d_native of ours yet; never touches other plans
 NATIVE = "3d_native"
+PLANNED_SIZES = ("XS", "S", "B", "L")
 
 
 def corpus(
@@ -24,6 +25,9 @@ def corpus(
     weight: Annotated[
         list[str] | None,
         typer.Option(help="DATASET=FACTOR: draw it more or less often. All begin with the square root of their cases."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="XS, S, B or L, as the network it is to be fine-tuned into; else by the images.")
     ] = None,
     gpu_memory_target: Annotated[float, typer.Option(help="GB that a training step may take.")] = 8.0,
     processes: Annotated[int, typer.Option("-np", min=1, help="Processes for preprocessing.")] = 2,
@@ -35,7 +39,7 @@ def corpus(
     """
     console = Console()
     try:
-        build(datasets, number, name, weight or [], gpu_memory_target, processes, console)
+        build(datasets, number, name, weight or [], gpu_memory_target, processes, console, size)
     except (ValueError, RuntimeError, OSError) as error:
         console.print(f"[red]umit corpus:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
@@ -49,30 +53,39 @@ def build(
     memory_target: float,
     processes: int,
     console: Console,
+    size: str | None = None,
 ) -> Path:
     """Preprocess what is missing, index all cases, plan, write; returns the dataset's preprocessed folder.
 
     Raises:
-        ValueError: an unknown dataset or weight, a number that is taken, or datasets without images.
+        ValueError: an unknown dataset, weight or size, a number that is taken, or datasets without images.
         StockCommandError: preprocessing failed.
     """
     from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-    from nnunet_umit.plans.corpus import COLOUR, Corpus, Source, is_colour
+    from nnunet_umit.plans.corpus import COLOUR, FILE, Corpus, Source, is_colour
     from nnunet_umit.trainers.requirements import require_folders
 
     require_folders()
+    if size not in (None, *PLANNED_SIZES):
+        raise ValueError(f"--size {size} must be one of {', '.join(PLANNED_SIZES)}")
     preprocessed = Path(str(nnUNet_preprocessed))
+    raw = Path(os.environ.get("nnUNet_raw") or preprocessed / "no raw data")  # preprocessed ones are enough
     names = [dataset_name(each) for each in datasets]
+    twice = [each for each in dict.fromkeys(names) if names.count(each) > 1]
+    if twice:
+        raise ValueError(f"--dataset names {', '.join(twice)} more than once; draw it more often with --weight")
     target = f"Dataset{number:03d}_{name}"
     taken = [str(each) for each in find_candidate_datasets(number) if str(each) != target]
     if taken or target in names:
         raise ValueError(f"dataset number {number} is taken by {', '.join(taken or [target])}; choose another --id")
-    factors = parse_weights(weights, names)
-    folders = [native_folder(each, preprocessed, processes, console) for each in names]
-    described = [json.loads((preprocessed / each / "dataset.json").read_text(encoding="utf-8")) for each in names]
     home = preprocessed / target / f"UMITPlans_{NATIVE}"
+    if (raw / target).is_dir() or ((preprocessed / target / "dataset.json").is_file() and not (home / FILE).is_file()):
+        raise ValueError(f"{target} is a dataset already, and no corpus; choose another --id")
+    factors = parse_weights(weights, names)
+    folders = [native_folder(each, raw, preprocessed, processes, console) for each in names]
+    described = [json.loads((preprocessed / each / "dataset.json").read_text(encoding="utf-8")) for each in names]
     sources = []
     for each, folder, dataset_json in zip(names, folders, described, strict=True):
         cases = len(list(folder.glob("*.pkl")))
@@ -84,10 +97,17 @@ def build(
     for index, (folder, dataset_json) in enumerate(zip(folders, described, strict=True)):
         add_cases(made, index, folder, is_colour(dataset_json))
     home.mkdir(parents=True, exist_ok=True)
-    write_plans(made, preprocessed / target, target, memory_target)
-    made.write(home)
+    made.write(home)  # first: it tells this folder from another dataset's
+    choice = write_plans(made, preprocessed / target, target, memory_target, size)
     show(made, target, console)
-    console.print(f"Next: nnUNetv2_train {number} {NATIVE} all -tr UMITPretrainTrainer -p UMITPlans", highlight=False)
+    planner = "UMITPlanner" + choice.size.removeprefix("XS")
+    for line in (
+        choice.why,
+        f"Next: nnUNetv2_train {number} {NATIVE} all -tr UMITPretrainTrainer -p UMITPlans",
+        f"It fine-tunes networks of its size: plan those datasets with -pl {planner}"
+        + ("" if choice.size != "XS" else ", and see that it says XS"),
+    ):
+        console.print(line, highlight=False)
     return preprocessed / target
 
 
@@ -135,9 +155,10 @@ def parse_weights(weights: list[str], names: list[str]) -> dict[str, float]:
     return factors
 
 
-def native_folder(dataset: str, preprocessed: Path, processes: int, console: Console) -> Path:
+def native_folder(dataset: str, raw: Path, preprocessed: Path, processes: int, console: Console) -> Path:
     """The folder of the dataset's complete ``3d_native`` cases, preprocessed first where there is none."""
-    for plans in ("UMITPlans", SOURCE_PLANS):
+    changed = raw_has_changed(raw / dataset, preprocessed / dataset)
+    for plans in () if changed else (SOURCE_PLANS, "UMITPlans"):  # ours first: made when the raw data had changed
         folder = preprocessed / dataset / f"{plans}_{NATIVE}"
         if complete(preprocessed / dataset, folder):
             return folder
@@ -149,6 +170,7 @@ def native_folder(dataset: str, preprocessed: Path, processes: int, console: Con
         "nnUNetv2_plan_and_preprocess",
         *("-d", str(int(dataset[7:10])), "-pl", "UMITPlanner", "-overwrite_plans_name", SOURCE_PLANS, "-c", NATIVE),
         *("-np", str(processes), "-npfp", str(processes)),
+        *(["--clean"] if changed else []),  # the fingerprint too
         environment=dict(os.environ),
     )
     folder = preprocessed / dataset / f"{SOURCE_PLANS}_{NATIVE}"
@@ -158,13 +180,28 @@ def native_folder(dataset: str, preprocessed: Path, processes: int, console: Con
 
 
 def complete(dataset: Path, folder: Path) -> bool:
-    """Whether every training case of the dataset was preprocessed into a folder."""
+    """Whether all training cases of the dataset were preprocessed into a folder, and no other where it lists them."""
     file = dataset / "dataset.json"
     if not file.is_file() or not folder.is_dir():
         return False
-    wanted = int(json.loads(file.read_text(encoding="utf-8"))["numTraining"])
+    content = json.loads(file.read_text(encoding="utf-8"))
     images = {each.stem for each in folder.glob("*.b2nd") if not each.stem.endswith("_seg")}
-    return wanted > 0 and len(images & {each.stem for each in folder.glob("*.pkl")}) >= wanted
+    done = images & {each.stem for each in folder.glob("*.pkl")}
+    if "dataset" in content:
+        return done == set(content["dataset"])
+    return len(done) >= int(content["numTraining"]) > 0
+
+
+def raw_has_changed(raw: Path, preprocessed: Path) -> bool:
+    """Whether a raw dataset has other cases, channels or labels than when it was planned (imported again, say)."""
+    known = [json.loads(file.read_text(encoding="utf-8")) for file in dataset_files(raw, preprocessed)]
+    same = ("channel_names", "labels", "numTraining", "file_ending", "overwrite_image_reader_writer", "dataset")
+    return len(known) == 2 and any(known[0].get(key) != known[1].get(key) for key in same)
+
+
+def dataset_files(*folders: Path) -> list[Path]:
+    """The ``dataset.json`` of those folders that have one."""
+    return [file for file in (folder / "dataset.json" for folder in folders) if file.is_file()]
 
 
 def normalisation(preprocessed: Path, dataset: str, folder: Path) -> list[str]:
@@ -186,13 +223,14 @@ def add_cases(made: Any, index: int, folder: Path, colour: bool) -> None:
         made.add(index, file.stem, data.shape[0] - SPACING_CHANNELS, colour, spacing, data.shape[1:])
 
 
-def write_plans(made: Any, folder: Path, dataset: str, memory_target: float) -> None:
-    """Plans, dataset.json and fingerprint: what nnU-Net's training reads besides the images."""
+def write_plans(made: Any, folder: Path, dataset: str, memory_target: float, size: str | None) -> Any:
+    """Plans, dataset.json and fingerprint, which nnU-Net reads besides the images; returns the choice of a size."""
     from nnunet_umit.plans.configuration import plan_configuration
     from nnunet_umit.plans.layout import Task
     from nnunet_umit.plans.memory import GB
     from nnunet_umit.plans.native import THICKEN, native_configuration, representative
     from nnunet_umit.plans.orientation import Orientation
+    from nnunet_umit.plans.sizing import SizeChoice
 
     extent = representative(made.spacing, made.shape)
     task = Task(
@@ -203,9 +241,10 @@ def write_plans(made: Any, folder: Path, dataset: str, memory_target: float) -> 
         num_classes=2,
         target_bytes=memory_target * GB,
     )
+    choice = task.choose_size() if size is None else SizeChoice(size, f"{size} because --size says so.")
     configuration = plan_configuration(
         task,
-        task.choose_size(),
+        choice,
         Orientation((0, 1, 2)),
         data_identifier=f"UMITPlans_{NATIVE}",
         normalisation=["ZScoreNormalization"] * made.channels,
@@ -236,6 +275,7 @@ def write_plans(made: Any, folder: Path, dataset: str, memory_target: float) -> 
     fingerprint = {"corpus": [source.name for source in made.sources]}
     for name, content in (("UMITPlans", plans), ("dataset", description), ("dataset_fingerprint", fingerprint)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return choice
 
 
 def show(made: Any, dataset: str, console: Console) -> None:

@@ -56,6 +56,11 @@ def _check_dataset(console: Console, name: str) -> bool:
     problems = check_dataset(folder)
     for problem in problems:
         console.print(escape(str(problem)), style="red", soft_wrap=True)
+    if problems and Path(os.environ.get("nnUNet_preprocessed", ""), folder.name, "dataset_fingerprint.json").is_file():
+        advice = (
+            "Plan and preprocess again with --clean when this is mended: the fingerprint was taken with these files"
+        )
+        console.print(advice, soft_wrap=True)
     verdict = f"{len(problems)} problem(s)" if problems else "[green]no problems[/]"
     console.print(f"{escape(str(folder))}: {verdict}", soft_wrap=True, highlight=False)
     return not problems

@@ -19,7 +19,7 @@ def train(
     """Run nnUNetv2_train as one process of torchrun's, on one or several machines.
 
     The batch of the plans is shared out between the processes. If one of them dies, torchrun ends the others; the last
-    checkpoint is whole, and the same command with --c goes on from it.
+    checkpoint is whole, and the same command with --c, without -pretrained_weights, goes on from it.
     """
     words = list(arguments or [])
     if "-num_gpus" in words and words[words.index("-num_gpus") + 1 : words.index("-num_gpus") + 2] != ["1"]:

@@ -13,6 +13,7 @@ from nnunet_umit.importing import formats
 from nnunet_umit.importing.loading import Loaded, load_series, load_volume, plain
 from nnunet_umit.importing.mask import body_mask
 from nnunet_umit.importing.verdict import Candidate, Case, Kind, OutputError, RejectedError, Verdict, rejected
+from nnunet_umit.plans.integrity import file_problem
 
 LABELS, IMAGES = "labelsTr", "imagesTr"
 
@@ -53,7 +54,7 @@ def judge(candidate: Candidate, destination: str, max_voxels: int) -> Verdict:
 
 def _accept(candidate: Candidate, destination: Path, max_voxels: int) -> Verdict:
     unsafe = os.path.expandvars(candidate.path)
-    if unsafe != candidate.path:
+    if unsafe != candidate.path and not candidate.files:  # what a series becomes lies in the dataset
         reason = f"nnU-Net would replace the variable in its path and look for {unsafe}"
         raise RejectedError(Kind.FORMAT, reason, "Rename it without '$'")
     loaded = _load(candidate, max_voxels)
@@ -66,10 +67,14 @@ def _accept(candidate: Candidate, destination: Path, max_voxels: int) -> Verdict
             sitk.WriteImage(loaded.reference, str(destination / image), True)
     except Exception as error:  # SimpleITK says RuntimeError for a full disk
         raise OutputError(f"cannot write the files of {candidate.case} to {destination} ({plain(error)})") from error
+    for written in (label, image) if candidate.files else (label,):
+        problem = file_problem(destination / written)  # ITK says nothing where a disk fills up with the last kilobytes
+        if problem is not None:
+            raise OutputError(f"cannot write {problem.path} ({problem.reason}); is the disk full?")
     shape = loaded.voxels_ZYX.shape
     case = Case(
         name=candidate.case,
-        path=candidate.path,
+        path=candidate.shown,
         relative=candidate.relative,
         image=image,
         label=label,

@@ -135,6 +135,9 @@ def load_series(candidate: Candidate, max_voxels: int) -> Loaded:
     if first.GetNumberOfComponents() != 1:
         reason = f"{first.GetNumberOfComponents()} colours a pixel"
         raise RejectedError(Kind.FORMAT, f"DICOM series with {reason}", "Save its pictures as PNG and import those")
+    if first.GetDimension() > 2 and first.GetSize()[2] > 1:
+        reason = f"multi-frame DICOM of {first.GetSize()[2]} frames: slices, moments or echoes, which ITK does not tell"
+        raise RejectedError(Kind.DIMENSION, reason, "Convert it (dcm2niix does), and import what comes out")
     check_size(math.prod(first.GetSize()) * len(names), max_voxels)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(names)

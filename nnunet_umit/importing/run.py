@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nnunet_umit import __version__
 from nnunet_umit.importing import dataset
-from nnunet_umit.importing.dicom import Folder, survey
+from nnunet_umit.importing.dicom import Folder, join, survey
 from nnunet_umit.importing.discover import Found, discover
 from nnunet_umit.importing.journal import Journal
 from nnunet_umit.importing.judge import IMAGES, LABELS, judge, quiet
@@ -123,7 +123,7 @@ def import_folder(request: Request, progress: Callable[[int, int], None]) -> Out
 
 def _candidates(request: Request, found: Found) -> tuple[list[Candidate], list[Rejection]]:
     """Files and DICOM series, and what is rejected before anyone looks into it."""
-    candidates, rejections = list(found.candidates), list(found.rejections)
+    series, rejections = list[Candidate](), list(found.rejections)
     root = os.path.abspath(request.folder)  # as `discover` has it: without ..
     folders = [
         Folder(path, Path(path).relative_to(root).as_posix(), tuple(files)) for path, files in found.dicom.items()
@@ -135,9 +135,9 @@ def _candidates(request: Request, found: Found) -> tuple[list[Candidate], list[R
                 fix = "Move half of the files elsewhere until the one is found"
                 rejections.append(Rejection(path=done.item.path, kind=Kind.CRASH, reason=reason, fix=fix))
             else:
-                candidates += done.result.series
+                series += done.result.series
                 rejections += done.result.rejections
-    return candidates, rejections
+    return [*found.candidates, *join(series)], rejections
 
 
 def _verdicts(

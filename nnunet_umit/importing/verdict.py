@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -63,6 +64,21 @@ class Candidate:
     state: str
     files: tuple[str, ...] = ()
 
+    @property
+    def uid(self) -> str:
+        """Series Instance UID of a DICOM series."""
+        return self.relative.rpartition("/")[2]
+
+    @property
+    def shown(self) -> str:
+        """Path of the file, or of the first file of a series."""
+        return os.path.join(self.path, self.files[0]) if self.files else self.path
+
+    @property
+    def addition(self) -> str:
+        """What tells a series from others in its folder; nothing for a single file."""
+        return f" (DICOM series {self.uid}, files: {len(self.files)})" if self.files else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
@@ -79,6 +95,7 @@ class Case:
     """One usable image. Axis order is nnU-Net's: (z, y, x), spacing in millimetres; a picture has one slice.
 
     Args:
+        path: Absolute path of its file, or of the first file of its DICOM series.
         image: What dataset.json refers to: an absolute path, or one relative to the dataset (converted DICOM).
         label: The body mask, relative to the dataset.
         reader: Name of nnU-Net's reader for image and label.
@@ -142,5 +159,6 @@ class Verdict:
 
 def rejected(candidate: Candidate, error: RejectedError) -> Verdict:
     """The verdict for a candidate whose judgement raised `error`."""
-    entry = Rejection(path=candidate.path, kind=error.kind, reason=error.reason, fix=error.fix)
+    reason = error.reason + candidate.addition
+    entry = Rejection(path=candidate.shown, kind=error.kind, reason=reason, fix=error.fix)
     return Verdict(relative=candidate.relative, state=candidate.state, rejection=entry)

@@ -20,7 +20,7 @@ import numpy as np
 FILE = "corpus.json"
 VERSION = 1
 COLOUR = 3
-COLOURS = ({"r", "g", "b"}, {"red", "green", "blue"})
+COLOURS = ({"r", "g", "b"}, {"red", "green", "blue"}, {"r", "g", "b", "a"})  # what is not colour comes last
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,6 @@ def _span(low: float, high: float) -> str:
 
 
 def is_colour(dataset_json: dict[str, Any]) -> bool:
-    """Whether the three channels of a dataset are those of a photograph."""
+    """Whether the channels of a dataset are those of a photograph, with or without opacity."""
     names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     return {str(name).lower() for name in names.values()} in COLOURS

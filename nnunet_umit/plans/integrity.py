@@ -62,6 +62,14 @@ def file_problem(path: str | os.PathLike[str]) -> Problem | None:
     its end marker. NIfTI files are read through once for this. Other formats are left to their readers.
     """
     path = os.fspath(path)
+    try:
+        return _bytes_problem(path)
+    except OSError as error:
+        fix = "Check its permissions, and the disk or share that it lies on"
+        return Problem(path, f"cannot be read ({error.strerror or error})", fix)
+
+
+def _bytes_problem(path: str) -> Problem | None:
     fix = f"Copy or convert {os.path.basename(path)} again from its source, or remove the case from the dataset"
     if not os.path.isfile(path):
         return Problem(path, "no such file", "Restore it, or remove the case from the dataset")
@@ -83,17 +91,6 @@ def file_problem(path: str | os.PathLike[str]) -> Problem | None:
             if _PNG_END not in handle.read():
                 return Problem(path, f"truncated: {size} bytes without the PNG end marker", fix)
     return None
-
-
-def check_image(path: str | os.PathLike[str]) -> None:
-    """Raise when the bytes of an image or label file are damaged; see `file_problem` for what is covered.
-
-    Raises:
-        BadImageError: with file, value, limit and fix.
-    """
-    problem = file_problem(path)
-    if problem is not None:
-        raise BadImageError(str(problem))
 
 
 def _gzip_problem(path: str, fix: str) -> Problem | None:
@@ -197,7 +194,11 @@ def check_dataset(dataset_folder: str | os.PathLike[str]) -> list[Problem]:
         try:
             reader_class = determine_reader_writer_from_dataset_json(dataset_json, images[0], verbose=False)
         except (IndexError, RuntimeError):  # no image, or one that no reader can read: that is told below, by case
-            reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+            try:
+                reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+            except RuntimeError as error:
+                path, fix = str(folder / "dataset.json"), "Convert the images to a format that it reads, .nii.gz say"
+                return [*problems, Problem(path, f"nnU-Net has no reader for them ({error})", fix)]
     for name, case in cases.items():
         files = [*case["images"], case["label"]]
         damaged = [problem for problem in map(file_problem, files) if problem is not None]
@@ -221,11 +222,28 @@ def _read_dataset_json(folder: Path) -> tuple[dict[str, Any] | None, list[Proble
     missing = [key for key in ("channel_names", "labels", "numTraining", "file_ending") if key not in content]
     if missing:
         return None, [Problem(str(path), f"keys {missing} are missing", "Add them; see nnU-Net's dataset_format.md")]
+    wrong = _wrong_values(content)
+    if wrong:
+        return None, [Problem(str(path), reason, fix) for reason, fix in wrong]
     if "dataset" not in content:
         for part in ("imagesTr", "labelsTr"):
             if not (folder / part).is_dir():
                 return None, [Problem(str(folder / part), "no such folder", "Put the training files there")]
     return content, []
+
+
+def _wrong_values(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Reason and fix of values of dataset.json that nothing can be done with."""
+    wrong = []
+    ending, labels = content["file_ending"], content["labels"]
+    if not (isinstance(ending, str) and ending.startswith(".")):
+        wrong.append((f"file_ending is {ending!r}", 'It must begin with a dot, ".nii.gz" for instance'))
+    try:
+        allowed_labels(content)
+    except (AttributeError, TypeError, ValueError):
+        fix = 'Write {"background": 0, "liver": 1}; nnUNetv2_convert_old_nnUNet_dataset does it for data of nnU-Net v1'
+        wrong.append((f"labels are {labels}", fix))
+    return wrong
 
 
 def _training_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:

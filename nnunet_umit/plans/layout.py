@@ -118,7 +118,7 @@ class Task:
 
         One prediction serves the whole search: activations grow with the voxels of a patch (a test holds that to 2 %).
         """
-        token = sizing.token_shape(token_size, self.anisotropy)
+        token = sizing.token_shape(token_size, self.anisotropy, len(shape))
         arch_kwargs = self.arch_kwargs(size, token_size)
         most = sizing.token_limit(self.anisotropy)
         probe = sizing.fit_patch(shape, token, lambda patch: sizing.count_tokens(patch, token) <= most)

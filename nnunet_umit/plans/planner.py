@@ -225,7 +225,7 @@ def _checked_spacing(spacing: Sequence[float] | None) -> list[float] | None:
         given = " ".join(f"{value:g}" for value in values)
         raise ValueError(
             f"-overwrite_target_spacing {given} must be three numbers above 0, in mm and in the axis order of the "
-            "fingerprint (slices first for NIfTI); for 2D images the first is 999"
+            "fingerprint (slices first for NIfTI); for 2D images the first is 999 times the larger pixel spacing"
         )
     return values
 

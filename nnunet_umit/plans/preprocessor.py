@@ -36,7 +36,9 @@ class UMITPreprocessor(DefaultPreprocessor):
             BadImageError: naming file, value, limit and fix.
         """
         for file in [*image_files, *([seg_file] if seg_file is not None else [])]:
-            integrity.check_image(file)
+            problem = integrity.file_problem(file)
+            if problem is not None:
+                raise _refused(problem, training=seg_file is not None)
         self._files = (list(image_files), seg_file)
         try:
             return super().run_case(image_files, seg_file, plans_manager, configuration_manager, dataset_json)
@@ -60,8 +62,14 @@ class UMITPreprocessor(DefaultPreprocessor):
             name = label_file or f"label of {files[0]}"
             problem = integrity.label_problem(seg, integrity.allowed_labels(declared), name)
         if problem is not None:
-            raise integrity.BadImageError(str(problem))
+            raise _refused(problem, training=seg is not None)
         return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+
+def _refused(problem: integrity.Problem, training: bool) -> integrity.BadImageError:
+    """What stops the preprocessing of a case, with all that is to be done about it."""
+    clean = f"{problem}. Then plan and preprocess again with --clean: the fingerprint was taken with this file"
+    return integrity.BadImageError(clean if training else str(problem))
 
 
 class UMITNativePreprocessor(UMITPreprocessor):

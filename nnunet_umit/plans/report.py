@@ -55,11 +55,11 @@ def heads_and_channels(plans_file: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def table_rows(plans: Mapping[str, Any], heads: int, channels: int, with_cpu: bool = False) -> list[tuple[str, ...]]:
-    """One row per configuration with an architecture of its own, in the order of `COLUMNS`, then `CPU_COLUMN`."""
+    """One row per configuration that inherits nothing of this, in the order of `COLUMNS`, then `CPU_COLUMN`."""
     rows: list[tuple[str, ...]] = []
     for name, configuration in plans["configurations"].items():
-        if "umit" not in configuration or "architecture" not in configuration:
-            continue  # another planner's, or inherited
+        if not {"umit", "architecture", "patch_size", "batch_size"} <= set(configuration):
+            continue  # another planner's, or inherited, in part at least
         arch, patch = configuration["architecture"]["arch_kwargs"], tuple(configuration["patch_size"])
         anisotropy = Anisotropy.from_spacing(arch["spacing"])
         token, batch = anisotropy.token(arch["token_size"])[3 - len(patch) :], configuration["batch_size"]

@@ -39,10 +39,12 @@ class SizeChoice:
     why: str
 
 
-def token_shape(token_size: int, anisotropy: Anisotropy) -> Shape:
-    """Token extent in voxels with as many axes as the image has: (d, T, T), or (T, T) in 2D."""
-    token = anisotropy.token(token_size)
-    return token[1:] if anisotropy.planar else token
+def token_shape(token_size: int, anisotropy: Anisotropy, axes: int) -> Shape:
+    """Token extent in voxels with as many axes as the image has: (d, T, T), or (T, T) in 2D.
+
+    The anisotropy does not tell: volumes with slices of a hundred pixels' thickness are planar too.
+    """
+    return anisotropy.token(token_size)[3 - axes :]
 
 
 def pad_to_tokens(shape: Sequence[float], token: Shape) -> Shape:
@@ -66,7 +68,8 @@ def choose_token_size(patch_of_default_tokens: Shape, anisotropy: Anisotropy) ->
     8 unless that patch would have fewer than 64 tokens (then 4: a small organ must not become eight tokens) or clearly
     more than the limit (then 16). The depth of the token follows from the spacing (`Anisotropy.token`).
     """
-    tokens = count_tokens(patch_of_default_tokens, token_shape(DEFAULT_TOKEN_SIZE, anisotropy))
+    axes = len(patch_of_default_tokens)
+    tokens = count_tokens(patch_of_default_tokens, token_shape(DEFAULT_TOKEN_SIZE, anisotropy, axes))
     if tokens < FEWEST_TOKENS:
         return 4
     return 16 if tokens > token_limit(anisotropy) * TOKEN_SLACK else DEFAULT_TOKEN_SIZE

@@ -30,7 +30,7 @@ from nnunet_umit.trainers.loading import LoadingTrainer
 from nnunet_umit.trainers.optimisation import LearningRateSchedule, adamw, parameter_groups
 from nnunet_umit.trainers.pictures import Panel, draw_progress
 from nnunet_umit.trainers.progress import StepProgress
-from nnunet_umit.trainers.ranks import own_device, wrapping_on
+from nnunet_umit.trainers.ranks import own_device, ranks_here, wrapping_on
 from nnunet_umit.trainers.requirements import read_plan, require_cases, require_folders
 from nnunet_umit.trainers.resume import COMMAND
 
@@ -79,10 +79,26 @@ class UMITBaseTrainer(LoadingTrainer):
         self.progress = StepProgress(self.print_to_log_file, shown=self.local_rank == 0)
         self._draw_next = 0.0  # on the clock of perf_counter
         if self.device.type == "cpu":
-            use_own_cores()
+            use_own_cores(ranks_here())
             keep_freed_memory()
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("nnU-Net's default device is cuda, and torch finds no GPU here: add -device cpu")
         if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] >= 8:
             self.grad_scaler = None  # bfloat16 (emulated, slowly, on older GPUs) has float32's range: nothing to scale
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """nnU-Net's share of the batch for this rank.
+
+        Raises:
+            ValueError: there are more ranks than samples.
+        """
+        ranks, batch = distributed.get_world_size() if self.is_ddp else 1, self.configuration_manager.batch_size
+        if batch < ranks:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared out to {ranks} processes: set batch_size of "
+                f"{self.configuration_name} in the plans to {ranks} or a multiple, or start fewer"
+            )
+        super()._set_batch_size_and_oversample()
 
     def iteration(self) -> int:
         """Number of the present step, counted over the whole training."""
@@ -181,6 +197,7 @@ class UMITBaseTrainer(LoadingTrainer):
         report = getattr(self.unwrapped(), "transfer_report", None)
         if report is not None:
             self.print_to_log_file(f"pre-trained weights: {report}", also_print_to_console=False)  # printed already
+        self.require_equal_start()
         if not self.continued:
             self.begin_folder()
         super().on_train_start()
@@ -191,8 +208,25 @@ class UMITBaseTrainer(LoadingTrainer):
             f"{self.num_epochs} epochs of {self.num_iterations_per_epoch} iterations, from epoch {self.current_epoch}"
         )
 
+    def require_equal_start(self) -> None:
+        """Refuse ranks that would not train the same network.
+
+        Raises:
+            CheckpointError: some continue and others begin, or they continue from different epochs.
+        """
+        starts = self.gather([(self.continued, self.current_epoch)])
+        if len(set(starts)) > 1:
+            raise checkpoints.CheckpointError(
+                f"the processes do not begin at the same place (continued, epoch): {starts}; nnUNet_results must be "
+                "one folder that all machines share"
+            )
+
     def on_train_end(self) -> None:
-        """nnU-Net's end (``checkpoint_final.pth`` is whole before ``checkpoint_latest.pth`` goes), and ours."""
+        """nnU-Net's end (``checkpoint_final.pth`` is whole before ``checkpoint_latest.pth`` goes), and ours; without
+        checkpointing those of an earlier training stay."""
+        if self.disable_checkpointing:
+            self.print_to_log_file("Training done.")
+            return
         super().on_train_end()
         if self.local_rank == 0:
             (Path(self.output_folder) / checkpoints.PREVIOUS).unlink(missing_ok=True)
@@ -224,7 +258,8 @@ class UMITBaseTrainer(LoadingTrainer):
         what, finite = "loss", agreed(torch.isfinite(loss.detach()), self.is_ddp)
         if finite:
             what, finite = "gradient", self._update(loss)
-        self.guard.accept(finite, batch["keys"], step=step, what=what)
+        cases = batch["keys"] if finite else self.gather(list(batch["keys"]))  # equal verdicts: all ranks ask
+        self.guard.accept(finite, cases, step=step, what=what)
         self.step_in_epoch += 1
         value = float(loss.detach())
         self.progress.advance(f"loss {value:.4f}")

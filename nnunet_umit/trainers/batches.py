@@ -225,13 +225,16 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def workers_for_shared_memory(wanted: int, *, batch_bytes: int, prefetch: int, folder: Path = _SHARED_MEMORY) -> int:
+def workers_for_shared_memory(
+    wanted: int, *, batch_bytes: int, prefetch: int, ranks: int = 1, folder: Path = _SHARED_MEMORY
+) -> int:
     """How many workers fit, when batches travel through shared memory that may be tiny (64 MB in a container).
 
     Args:
         wanted: number of workers asked for.
         batch_bytes: size of one batch.
         prefetch: batches that each worker makes ahead.
+        ranks: processes that train on this machine, each with workers of its own.
         folder: where the shared memory is mounted; no such folder means no such limit.
 
     Returns:
@@ -239,5 +242,5 @@ def workers_for_shared_memory(wanted: int, *, batch_bytes: int, prefetch: int, f
     """
     if os.name != "posix" or not folder.is_dir():
         return wanted
-    room = int(shutil.disk_usage(folder).free * 0.8) // max(batch_bytes, 1) - 2
+    room = int(shutil.disk_usage(folder).free * 0.8 / ranks) // max(batch_bytes, 1) - 2
     return max(0, min(wanted, room // max(prefetch, 1)))

@@ -6,6 +6,7 @@ one or the new one. What is stored are tensors and plain Python values, so ``tor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ import torch
 FORMAT = 1
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"
+FIRST = "checkpoint_first.pth"  # becomes the latest when those of a former training are out of the way
 STOCK_KEYS = ("network_weights", "optimizer_state", "logging", "current_epoch", "init_args", "trainer_name")
 _OVERHEAD = 4 << 20  # bytes: pickle, zip directory, logging
 
@@ -132,14 +134,41 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself durable (POSIX; Windows cannot open folders and needs no such step)."""
+    """Make the renaming itself durable, where folders can be asked to: Windows needs no such step, and some mounts
+    (shares of virtual machines, FUSE) refuse it."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # the file is renamed already
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def set_aside(path: Path) -> str:
+    """Rename the checkpoint of a former training, ``old_<name>``; returns what it is called now.
+
+    Finished ones are numbered. Of others the one with more epochs is kept.
+    """
+    old = path.with_name(f"old_{path.name}")
+    number = 2
+    while path.name == FINAL and old.exists():
+        old = path.with_name(f"old_{path.stem}_{number}{path.suffix}")
+        number += 1
+    if old.exists() and _epochs(old) > _epochs(path):
+        path.unlink()
+        return f"gone, as {old.name} has more epochs"
+    os.replace(path, old)
+    return old.name
+
+
+def _epochs(path: Path) -> int:
+    """Epochs that are done in a checkpoint; -1 where it cannot be read."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return int(read_checkpoint(path)["current_epoch"])
+    except CheckpointError:
+        return -1
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -149,6 +178,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or not written by a UMIT trainer.
     """
     path = Path(path)
+    if path.name == BEST and not path.is_file() and path.with_name(FINAL).is_file():
+        raise CheckpointError(f"there is no {path}, but a {FINAL} beside it: leave --val_best away")
     if not path.is_file():
         raise CheckpointError(
             f"there is no checkpoint {path}; train first: nnUNetv2_train DATASET CONFIGURATION FOLD -tr UMITTrainer "

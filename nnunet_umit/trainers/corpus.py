@@ -50,7 +50,7 @@ class CorpusDataset(UnlabelledBlosc2):
         row, corpus = self.rows[identifier], self.corpus
         data = self.open_image(str(corpus.folder(corpus.source[row])), corpus.case[row])
         stored, channel = data.shape[0] - SPACING_CHANNELS, corpus.channel[row]
-        channels = list(range(stored)) if channel < 0 else [channel]
+        channels = list(range(min(stored, COLOUR))) if channel < 0 else [channel]  # the opacity of RGBA is no image
         view = ChannelView(data, channels * COLOUR if len(channels) < corpus.channels else channels)
         return view, self.no_segmentation(view.shape), None, {"class_locations": None}
 

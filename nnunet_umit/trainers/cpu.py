@@ -12,10 +12,14 @@ _M_TRIM_THRESHOLD = -1  # <malloc.h>
 _M_MMAP_MAX = -4
 
 
-def use_own_cores() -> None:
-    """No more torch threads than cores this process may use: nnU-Net starts one for every core of the machine."""
+def use_own_cores(ranks: int = 1) -> None:
+    """No more torch threads than cores this process may use: nnU-Net starts one for every core of the machine.
+
+    Args:
+        ranks: processes of the training on this machine, which share the cores.
+    """
     if hasattr(os, "sched_getaffinity"):  # Linux
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks)))
 
 
 def keep_freed_memory() -> bool:

@@ -10,20 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
-from batchgeneratorsv2.transforms.intensity.contrast import BGContrast
-from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
-from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_umit.config import FinetuneConfig
 from nnunet_umit.plans.network import PlannedSegmenter
+from nnunet_umit.trainers.augmentation import light_augmentation, with_own_blur
 from nnunet_umit.trainers.balance import balanced_cross_entropy, fading
 from nnunet_umit.trainers.base import UMITBaseTrainer, finite_mean
 from nnunet_umit.trainers.optimisation import frozen_parameters, last_layer, set_layer_decay, set_trainable
@@ -99,7 +93,7 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
                 regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
                 ignore_label=self.label_manager.ignore_label,
             )
-            return without_timing(transforms)
+            return with_own_blur(transforms)
         light: list[BasicTransform] = []
         if self.augmentation == "light":
             light = light_augmentation(mirror_axes, use_mask)
@@ -120,6 +114,21 @@ class UMITTrainer(PlannedSegmenter, UMITBaseTrainer):
         optimiser_and_schedule = super().configure_optimizers()
         self._freeze(epoch=0)
         return optimiser_and_schedule
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """As for every UMIT trainer; Dice over the batch needs equal shares.
+
+        Raises:
+            ValueError: the shares of the ranks would differ.
+        """
+        super()._set_batch_size_and_oversample()
+        manager = self.configuration_manager
+        if self.is_ddp and manager.batch_dice and manager.batch_size % distributed.get_world_size():
+            raise ValueError(
+                f"nnU-Net computes Dice over the whole batch here (batch_dice), and {manager.batch_size} samples have "
+                f"no equal shares for {distributed.get_world_size()} processes: set batch_size of "
+                f"{self.configuration_name} in the plans to a multiple of them"
+            )
 
     def _freeze(self, epoch: int) -> int:
         """Freeze or release for an epoch; returns how many tensors changed."""
@@ -273,42 +282,3 @@ def confusion(logits: torch.Tensor, target: torch.Tensor, labels: Any) -> dict[s
     axes = [0, *range(2, logits.dim())]
     pairs = {"tp_hard": predicted & true, "fp_hard": predicted & ~true, "fn_hard": ~predicted & true}
     return {name: hits.sum(axes).cpu().numpy().astype(np.float64) for name, hits in pairs.items()}
-
-
-def light_augmentation(mirror_axes: tuple[int, ...] | None, use_mask: list[bool] | None) -> list[BasicTransform]:
-    """nnU-Net's noise, brightness and gamma with its probabilities, and mirroring; nothing that resamples."""
-    transforms: list[BasicTransform] = [
-        RandomTransform(
-            GaussianNoiseTransform(noise_variance=(0, 0.1), p_per_channel=1, synchronize_channels=True), 0.1
-        ),
-        RandomTransform(
-            MultiplicativeBrightnessTransform(BGContrast((0.75, 1.25)), synchronize_channels=False, p_per_channel=1),
-            0.15,
-        ),
-        RandomTransform(
-            GammaTransform(
-                BGContrast((0.7, 1.5)), p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=1
-            ),
-            0.3,
-        ),
-    ]
-    if mirror_axes:
-        transforms.append(MirrorTransform(mirror_axes))
-    if use_mask is not None and any(use_mask):
-        masked = [channel for channel, used in enumerate(use_mask) if used]
-        transforms.append(MaskImageTransform(apply_to_channels=masked, channel_idx_in_seg=0, set_outside_to=0))
-    return transforms
-
-
-def without_timing(transform: BasicTransform) -> BasicTransform:
-    """Switch off the stop-watch in nnU-Net's blur, which picks one of two algorithms by their speed at this moment.
-
-    The two differ in the last bits, so the same seed would give different batches.
-    """
-    if isinstance(transform, GaussianBlurTransform):
-        transform.benchmark = False
-    for inner in getattr(transform, "transforms", []):
-        without_timing(inner)
-    if isinstance(getattr(transform, "transform", None), BasicTransform):
-        without_timing(transform.transform)
-    return transform

@@ -30,6 +30,7 @@ from nnunet_umit.trainers.native import (
     rotation_for,
 )
 from nnunet_umit.trainers.patches import CaseTable, Jitter, NativeSamples, PatchSamples
+from nnunet_umit.trainers.ranks import ranks_here
 from nnunet_umit.trainers.resume import ResumableTrainer
 
 
@@ -96,6 +97,10 @@ class LoadingTrainer(ResumableTrainer):
 
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of training batches, from the present epoch on, and of the same validation batches every epoch."""
+        if self.is_ddp:  # one rank writes splits_final.json where there is none, before the others read it
+            if self.local_rank == 0:
+                self.do_split()
+            distributed.barrier()
         training, validation = self.get_tr_and_val_datasets()
         first, last = self.current_epoch * self.num_iterations_per_epoch, self.batches_in_all()
         workers = self._workers()
@@ -114,7 +119,7 @@ class LoadingTrainer(ResumableTrainer):
         wanted = get_allowed_n_proc_DA()
         channels = self.num_input_channels + (SPACING_CHANNELS if self.native else 0)
         batch_bytes = self.batch_size * math.prod(self.configuration_manager.patch_size) * (4 * channels + 4)
-        fitting = workers_for_shared_memory(wanted, batch_bytes=batch_bytes, prefetch=2 * PREFETCH)
+        fitting = workers_for_shared_memory(wanted, batch_bytes=batch_bytes, prefetch=2 * PREFETCH, ranks=ranks_here())
         if fitting < wanted:
             self.print_to_log_file(
                 f"shared memory (/dev/shm) has room for {fitting} instead of {wanted} data-loading processes; start "

@@ -11,6 +11,7 @@ from torch import nn
 
 from nnunet_umit.architectures.interpolation import interpolation_loss
 from nnunet_umit.architectures.mae import MAEOutput, MaskedAutoencoder
+from nnunet_umit.architectures.masking import TooFewTokensError
 from nnunet_umit.architectures.transfer import save_encoder
 from nnunet_umit.config import PretrainConfig, get_umit_config
 from nnunet_umit.trainers.base import finite_mean
@@ -34,8 +35,15 @@ class EncoderTrainer(SelfSupervisedTrainer):
         """Masked loss; the masks depend on the seed, the number of the step and the position in the batch only.
 
         Ranks whose images have more tokens count for more, so the gradient is that of one process with all images.
+
+        Raises:
+            TooFewTokensError: the images of the batch have one token each; it names them.
         """
-        output = self.network(self.to_device(batch["data"]), self._generators("mask", batch, self.iteration()))
+        try:
+            output = self.network(self.to_device(batch["data"]), self._generators("mask", batch, self.iteration()))
+        except TooFewTokensError as error:
+            cases = ", ".join(dict.fromkeys(map(str, batch["keys"])))
+            raise TooFewTokensError(f"{error}, or leave such images out: {cases}") from error
         self.group_losses.add(batch["groups"], output.losses.tolist())
         return output.loss * self.share(output.hidden.numel())
 

@@ -25,6 +25,12 @@ def own_device(requested: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", distributed.get_rank())))
 
 
+def ranks_here() -> int:
+    """Processes of this training on this machine: what ``torchrun`` says, or all, as nnU-Net starts them."""
+    everywhere = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", everywhere)) if everywhere > 1 else 1
+
+
 def wrap(network: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Average gradients over all processes."""
     return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)

@@ -42,7 +42,10 @@ class ResumableTrainer(nnUNetTrainer):
         return getattr(network, "_orig_mod", network)
 
     def begin_folder(self) -> None:
-        """A new training: refuse a lost continuation, move a former training's checkpoints aside, write the first one.
+        """A new training: refuse a lost continuation, write the first checkpoint, move a former training's aside.
+
+        Of former ones, finished models are all kept, and of what began and did not end the one with most epochs: a job
+        that is started again and again without ``--c`` must not replace days by minutes.
 
         Raises:
             CheckpointError: ``--c`` in a folder where a training began but left no checkpoint.
@@ -60,14 +63,15 @@ class ResumableTrainer(nnUNetTrainer):
                     "first checkpoint. It may have had -pretrained_weights, so nothing is started without them: run "
                     "the original command again, without --c"
                 )
+            self.current_epoch -= 1  # a checkpoint names the epoch after the present one
+            self.save_checkpoint(os.path.join(folder, checkpoints.FIRST))  # nothing is moved if the disk is full
+            self.current_epoch += 1
             for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LATEST):
                 if (folder / name).is_file():
-                    os.replace(folder / name, folder / f"old_{name}")
-                    self.print_to_log_file(f"a former training is in this folder; its {name} is now old_{name}")
+                    now = checkpoints.set_aside(folder / name)
+                    self.print_to_log_file(f"a former training is in this folder; its {name} is now {now}")
             (folder / checkpoints.PREVIOUS).unlink(missing_ok=True)
-            self.current_epoch -= 1  # a checkpoint names the epoch after the present one
-            self.save_checkpoint(os.path.join(folder, checkpoints.LATEST))
-            self.current_epoch += 1
+            os.replace(folder / checkpoints.FIRST, folder / checkpoints.LATEST)
         if self.is_ddp:
             distributed.barrier()
 
@@ -128,8 +132,7 @@ class ResumableTrainer(nnUNetTrainer):
         if isinstance(filename_or_checkpoint, dict):
             name, content = "the checkpoint", filename_or_checkpoint
         else:
-            name = str(filename_or_checkpoint)
-            content = checkpoints.read_with_fallback(name, self.print_to_log_file)
+            name, content = self._furthest(str(filename_or_checkpoint))
         self._require_same(name, content)
         self.unwrapped().load_state_dict(content["network_weights"])
         self._load_optimizer(content["optimizer_state"])
@@ -144,6 +147,17 @@ class ResumableTrainer(nnUNetTrainer):
         self.guard.load_state_dict(content["umit"]["guard"])
         self.continued = True
         self.print_to_log_file(f"continuing from {name}: {self.current_epoch} of {self.num_epochs} epochs are done")
+
+    def _furthest(self, name: str) -> tuple[str, dict[str, Any]]:
+        """The checkpoint to continue from: of a finished training that was made longer, the latest, which nnU-Net does
+        not look for beside a final one."""
+        content = checkpoints.read_with_fallback(name, self.print_to_log_file)
+        latest = Path(name).with_name(checkpoints.LATEST)
+        if self.continue_requested and Path(name).name == checkpoints.FINAL and latest.is_file():
+            further = checkpoints.read_with_fallback(latest, self.print_to_log_file)
+            if further["current_epoch"] > content["current_epoch"]:
+                return str(latest), further
+        return name, content
 
     def _require_same(self, name: str, content: dict[str, Any]) -> None:
         stored = content["umit"]
@@ -176,7 +190,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def name_last_good(self) -> str:
         """A sentence for errors: which file still holds a good state."""
-        for name in (checkpoints.LATEST, checkpoints.BEST):
+        for name in () if self.disable_checkpointing else (checkpoints.LATEST, checkpoints.BEST):
             if (Path(self.output_folder) / name).is_file():
                 return f"The last good state is kept in {Path(self.output_folder) / name}."
         return "No checkpoint was written (--disable_checkpointing)."

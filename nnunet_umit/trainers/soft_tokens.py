@@ -15,8 +15,9 @@ from nnunet_umit.config import get_umit_config
 from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.pictures import Panel
 from nnunet_umit.trainers.pretrain import EncoderTrainer
+from nnunet_umit.trainers.summary import entropy_of, pooled_usage
 
-MEASURES = ("cross-entropy", "target entropy", "marginal cross-entropy", "accuracy")
+MEASURES = ("cross-entropy", "target entropy", "accuracy")
 
 
 class UMITSoftTokenPretrainTrainer(EncoderTrainer):
@@ -83,14 +84,17 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
         super().on_train_start()
 
     def figures(self, output: SoftTokenOutput) -> dict[str, Any]:
-        """Cross-entropy, its bounds, and how often the most probable code is right."""
-        return {"loss": output.measures["cross-entropy"], **output.measures}
+        """Cross-entropy, its least value, how often the most probable code is right; and how often each code occurs."""
+        target = output.target.flatten(0, 1)
+        usage = {"usage": target.mean(0).tolist(), "tokens": len(target)}
+        return {"loss": output.measures["cross-entropy"], **output.measures, **usage}
 
     def summarise(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
         """Means, and the share of what can be known of a token that is: 0 for one who only knows how often each code
-        occurs, 1 for the tokenizer itself."""
+        occurs in all these passes, 1 for the tokenizer itself."""
         finite = [output for output in outputs if math.isfinite(output["loss"])]
-        loss, least, marginal, accuracy = (finite_mean([each[name] for each in finite]) for name in MEASURES)
+        loss, least, accuracy = (finite_mean([each[name] for each in finite]) for name in MEASURES)
+        marginal = entropy_of(pooled_usage(finite)) if finite else math.nan
         explained = (marginal - loss) / (marginal - least) if marginal > least else 0.0 if finite else math.nan
         return {
             "cross_entropy": loss,
@@ -135,6 +139,6 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
         """``encoder.safetensors``, ``card.json``, and a sentence."""
         super().finish(mean, pooled, cases)
         self.print_to_log_file(
-            f"Mean cross-entropy: {mean['cross_entropy']:.4f} (KL {mean['kl_divergence']:.4f}), information explained: "
-            f"{100 * mean['information_explained']:.1f} %"
+            f"Mean cross-entropy: {mean['cross_entropy']:.4f} (KL {mean['kl_divergence']:.4f}); information explained "
+            f"over all {cases} cases: {100 * pooled['information_explained']:.1f} %"
         )

@@ -10,6 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.resume import versions
 
@@ -28,6 +31,20 @@ def summarise(outputs: list[dict[str, float]]) -> tuple[float, float]:
     if not finite or power <= 0:  # nothing but constant patches: nothing to explain
         return loss, math.nan if not finite else 0.0
     return loss, 1.0 - loss / power
+
+
+def pooled_usage(outputs: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+    """Mean probabilities (K,) of the codes over the tokens of several passes (``usage``, ``tokens``)."""
+    tokens = np.asarray([output["tokens"] for output in outputs], dtype=float)
+    usage = np.asarray([output["usage"] for output in outputs], dtype=float)
+    pooled: NDArray[np.float64] = (usage * tokens[:, None]).sum(0) / tokens.sum()
+    return pooled / pooled.sum()
+
+
+def entropy_of(probabilities: NDArray[np.float64]) -> float:
+    """``-sum p log p`` in nat."""
+    some = probabilities[probabilities > 0]
+    return float(-(some * np.log(some)).sum())
 
 
 class GroupLosses:

@@ -22,6 +22,7 @@ from nnunet_umit.trainers.guard import NonFiniteGuard, agreed
 from nnunet_umit.trainers.optimisation import is_vector
 from nnunet_umit.trainers.pictures import TOKENS, Panel, draw_usage
 from nnunet_umit.trainers.selfsupervised import SelfSupervisedTrainer
+from nnunet_umit.trainers.summary import pooled_usage
 
 HOTTEST, COLDEST = 0.9, 1e-6  # PUMIT's Gumbel temperatures, from the first step to the last
 
@@ -112,7 +113,8 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
             with self.autocast():
                 loss = network.discriminator_loss(output)
             finite = agreed(torch.isfinite(loss.detach()), self.is_ddp) and self._update(loss)
-            self.second_guard.accept(finite, batch["keys"], step=self.iteration() - 1, what="loss of the discriminator")
+            cases = batch["keys"] if finite else self.gather(list(batch["keys"]))
+            self.second_guard.accept(finite, cases, step=self.iteration() - 1, what="loss of the discriminator")
         return result
 
     def evaluate(self, images: torch.Tensor, generators: Any) -> TokenizerOutput:
@@ -242,11 +244,3 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
             f"{pooled['perplexity']:.1f} of {self.config.codes}, {pooled['codes_used']:.0f} codes used, mean token "
             f"entropy {pooled['entropy']:.3f} nat"
         )
-
-
-def pooled_usage(outputs: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Mean probabilities (K,) over the tokens of several passes."""
-    tokens = np.asarray([output["tokens"] for output in outputs], dtype=float)
-    usage = np.asarray([output["usage"] for output in outputs], dtype=float)
-    pooled: np.ndarray = (usage * tokens[:, None]).sum(0) / tokens.sum()
-    return pooled / pooled.sum()

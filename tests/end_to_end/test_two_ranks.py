@@ -32,8 +32,10 @@ def train(rank: int, trainer_name: str, plans: dict[str, Any], port: int, folder
     trainer.run_training()
     if trainer_name != "UMITTrainer":
         trainer.perform_actual_validation()
+    log = Path(trainer.log_file).read_text() if rank == 0 else ""
     torch.save(
         {
+            "accused": "step skipped" in log and "case_001" in log,
             "weights": trainer.unwrapped().state_dict(),
             "losses": trainer.logged("train_losses") + trainer.logged("val_losses"),
             "batch": trainer.batch_size,
@@ -68,6 +70,7 @@ def test_two_ranks_stay_equal(
     assert one["losses"] == other["losses"]
     assert (one["batch"], other["batch"]) == (2, 1)
     assert one["skipped"] == other["skipped"] and (one["skipped"] > 0) == broken
+    assert one["accused"] == broken, "the log of rank 0 names the broken case, whichever rank met it"
 
 
 def test_two_processes_learn_what_one_learns(nnunet_env: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
