@@ -35,10 +35,11 @@ from benchmarks import (
     tokenizer,
 )
 from benchmarks.common import REPOSITORY, Results, say
+from benchmarks.few_labels import by_seed
 
 PAGES = ("README.md", "docs/gpu.md", "docs/planning.md", "docs/results.md", "docs/soft_tokens.md")
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
-METHODS = "full/fold0/20min+5min/"
+METHODS, LABELS = "full/fold0/20min+5min/", "full/fold0/60min+5min/"
 TOKENIZER = "full/fold0/20min/seed1/soft-alone"
 NOTHING = "Not measured yet."
 HOUR = 60.0  # minutes
@@ -53,7 +54,8 @@ def runs_of(name: str) -> Mapping[str, Any]:
 # ---------------------------------------------------------------------------------------------------- headline
 def headline() -> str:
     """The README's table: what, figure, command."""
-    rows = [*_accuracy_rows(), *_pretraining_rows(), *_native_rows(), *_step_rows(), *_prediction_rows()]
+    parts = (_accuracy_rows, _label_rows, _pretraining_rows, _native_rows, _step_rows, _prediction_rows)
+    rows = [row for part in parts for row in part()]
     lines = ["| what | figure | command |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {figure} | `{command}` |" for what, figure, command in rows)])
 
@@ -108,6 +110,16 @@ def _pretraining_rows() -> list[tuple[str, str, str]]:
         seeds = "/".join(sorted({str(len(dice)) for dice in arms.values()}))
         rows.append((f"{label}, {seeds} seeds", "; ".join(shown), "python -m benchmarks.pretraining_methods --full"))
     return rows
+
+
+def _label_rows() -> list[tuple[str, str, str]]:
+    pairs = by_seed(runs_of("label_efficiency"), f"{LABELS}{label_efficiency.MAIN}/", label_efficiency.ARMS)
+    if not pairs:
+        return []
+    scratch, pretrained = (statistics.fmean(arm) for arm in zip(*pairs, strict=True))
+    what = f"Hippocampus, {label_efficiency.MAIN} labelled cases, 5 minutes of fine-tuning: mean Dice"
+    shown = f"from scratch {scratch:.4f}; after 60 minutes of masked pre-training {pretrained:.4f}"
+    return [(f"{what}, {len(pairs)} seeds", shown, "python -m benchmarks.label_efficiency --full")]
 
 
 def _native_rows() -> list[tuple[str, str, str]]:
@@ -228,7 +240,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tuning_acdc": lambda: _other_accuracy("full/acdc/fold1/10min/"),
     "tuning_balance": lambda: _other_accuracy("full/acdc/fold1/6min/"),
     "accuracy_acdc": lambda: _accuracy("acdc"),
-    "label_efficiency": lambda: _with_runs("label_efficiency", label_efficiency, "full/fold0/60min+5min/"),
+    "label_efficiency": lambda: _with_runs("label_efficiency", label_efficiency, LABELS),
     "pretraining_methods": lambda: _with_runs("pretraining_methods", pretraining_methods, METHODS),
     "pretraining_tuning": lambda: pretraining_methods.report(runs_of("pretraining_methods"), "full/fold1/12min+5min/"),
     "native_spacing": lambda: _with_runs("native_spacing", native_spacing, "full/fold0/15min/"),
