@@ -244,7 +244,7 @@ def test_dice_counts_no_file_of_an_earlier_validation(tmp_path):
     trainer, weights = Validating(), tmp_path / "checkpoint_final.pth"
     torch.save({"network_weights": {}, "inference_allowed_mirroring_axes": (0,)}, weights)
     report = {"kept": [{"wall_s": 1.0, "checkpoint": str(weights)}], "wall_s": 2.0, "checkpoint": str(weights)}
-    for limit, expected in ((3, 3), (None, 12)):
+    for limit, expected in ((None, 12), (3, 3)):
         trainer.final_validation_cases = limit
         curve = budgeted_training.draw_curve(trainer, report, 12)
         assert [point["dice"]["cases"] for point in curve] == [expected, expected]
