@@ -215,10 +215,12 @@ def test_a_training_that_a_killed_benchmark_left_holds_the_folder(tmp_path, monk
     os.mkfifo(pipe)
     with equal_time.alone_in(tmp_path):
         bench.call(["sh", "-c", f"read line < {pipe} &"], tmp_path / "log")
-    with pytest.raises(RuntimeError, match="a training that a killed one left, is running in"):
-        with equal_time.alone_in(tmp_path):
-            pytest.fail("the folder was taken")
-    pipe.write_text("end\n")
+    try:
+        with pytest.raises(RuntimeError, match="a training that a killed one left, is running in"):
+            with equal_time.alone_in(tmp_path):
+                pytest.fail("the folder was taken")
+    finally:
+        pipe.write_text("end\n")
     with open(tmp_path / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for its end
 
