@@ -194,14 +194,10 @@ def complete(dataset: Path, folder: Path) -> bool:
 
 def raw_has_changed(raw: Path, preprocessed: Path) -> bool:
     """Whether a raw dataset has other cases, channels or labels than when it was planned (imported again, say)."""
-    known = [json.loads(file.read_text(encoding="utf-8")) for file in dataset_files(raw, preprocessed)]
+    files = (folder / "dataset.json" for folder in (raw, preprocessed))
+    known = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     same = ("channel_names", "labels", "numTraining", "file_ending", "overwrite_image_reader_writer", "dataset")
     return len(known) == 2 and any(known[0].get(key) != known[1].get(key) for key in same)
-
-
-def dataset_files(*folders: Path) -> list[Path]:
-    """The ``dataset.json`` of those folders that have one."""
-    return [file for file in (folder / "dataset.json" for folder in folders) if file.is_file()]
 
 
 def normalisation(preprocessed: Path, dataset: str, folder: Path) -> list[str]:

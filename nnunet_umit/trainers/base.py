@@ -258,12 +258,16 @@ class UMITBaseTrainer(LoadingTrainer):
         what, finite = "loss", agreed(torch.isfinite(loss.detach()), self.is_ddp)
         if finite:
             what, finite = "gradient", self._update(loss)
-        cases = batch["keys"] if finite else self.gather(list(batch["keys"]))  # equal verdicts: all ranks ask
-        self.guard.accept(finite, cases, step=step, what=what)
+        self.accept(self.guard, finite, batch, step=step, what=what)
         self.step_in_epoch += 1
         value = float(loss.detach())
         self.progress.advance(f"loss {value:.4f}")
         return {"loss": value}
+
+    def accept(self, guard: NonFiniteGuard, finite: bool, batch: dict[str, Any], *, step: int, what: str) -> None:
+        """Tell a guard of a step, and of the cases of all ranks where it is not finite: all of them know and ask."""
+        cases = batch["keys"] if finite else self.gather(list(batch["keys"]))
+        guard.accept(finite, cases, step=step, what=what)
 
     def _update(self, loss: torch.Tensor) -> bool:
         """Backward pass and optimiser step; False if the gradient is not finite and the weights stay as they are."""

@@ -11,11 +11,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_umit.architectures.mim import SoftTokenModel, SoftTokenOutput
+from nnunet_umit.architectures.quantiser import negative_entropy
 from nnunet_umit.config import get_umit_config
 from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.pictures import Panel
 from nnunet_umit.trainers.pretrain import EncoderTrainer
-from nnunet_umit.trainers.summary import entropy_of, pooled_usage
+from nnunet_umit.trainers.summary import pooled_usage
 
 MEASURES = ("cross-entropy", "target entropy", "accuracy")
 
@@ -94,7 +95,7 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
         occurs in all these passes, 1 for the tokenizer itself."""
         finite = [output for output in outputs if math.isfinite(output["loss"])]
         loss, least, accuracy = (finite_mean([each[name] for each in finite]) for name in MEASURES)
-        marginal = entropy_of(pooled_usage(finite)) if finite else math.nan
+        marginal = -float(negative_entropy(torch.from_numpy(pooled_usage(finite)))) if finite else math.nan
         explained = (marginal - loss) / (marginal - least) if marginal > least else 0.0 if finite else math.nan
         return {
             "cross_entropy": loss,

@@ -41,12 +41,6 @@ def pooled_usage(outputs: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
     return pooled / pooled.sum()
 
 
-def entropy_of(probabilities: NDArray[np.float64]) -> float:
-    """``-sum p log p`` in nat."""
-    some = probabilities[probabilities > 0]
-    return float(-(some * np.log(some)).sum())
-
-
 class GroupLosses:
     """Mean loss of the samples of every group (dataset and anisotropy level) within an epoch."""
 

@@ -113,8 +113,8 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
             with self.autocast():
                 loss = network.discriminator_loss(output)
             finite = agreed(torch.isfinite(loss.detach()), self.is_ddp) and self._update(loss)
-            cases = batch["keys"] if finite else self.gather(list(batch["keys"]))
-            self.second_guard.accept(finite, cases, step=self.iteration() - 1, what="loss of the discriminator")
+            step = self.iteration() - 1
+            self.accept(self.second_guard, finite, batch, step=step, what="loss of the discriminator")
         return result
 
     def evaluate(self, images: torch.Tensor, generators: Any) -> TokenizerOutput:
