@@ -210,13 +210,13 @@ def main(arguments: list[str] | None = None) -> None:
     task = TASKS[options.task]
     minutes = budget(options.minutes, options.quick, task.minutes)
 
-    results = Results("accuracy", CLAIM, options.results, unusual(options_parser, options, *IN_NO_KEY))
+    results = Results.of(options, "accuracy", CLAIM, unusual(options_parser, options, *IN_NO_KEY))
     mode = "quick" if options.quick else "full"
     prefix = f"{mode}/{options.task}/fold{options.validation_fold}/{minutes:.3g}min/"
     todo = []
     for seed, arm in seeds_of(options, task):
         key = f"{prefix}seed{seed}/{arm}{tagged(options) if arm not in STOCK else ''}"
-        if options.again or results.get(key) is None:
+        if results.left(key):
             todo.append((seed, arm, key))
     settings = {name: getattr(options, name) for name in ("quick", "threads", "set", "pretrain_share", "planner")}
     benches = {

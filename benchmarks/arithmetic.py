@@ -96,8 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--tflops", type=float, default=TFLOPS, help="of the GPU, dense, half precision")
     options = options_parser.parse_args(arguments)
-    results, key = Results("arithmetic", CLAIM, options.results), "quick" if options.quick else "full"
-    if results.get(key) is None or options.again:
+    results, key = Results.of(options, "arithmetic", CLAIM), "quick" if options.quick else "full"
+    if results.left(key):
         results.put(key, measure())
     say(report(results.get(key), options.tflops))
 

@@ -249,7 +249,7 @@ def load_trained(trainer: Any, checkpoint: str) -> None:
     import torch
 
     content = torch.load(checkpoint, map_location="cpu", weights_only=False)  # written by this very benchmark
-    trainer.network.load_state_dict(content["network_weights"])
+    getattr(trainer.network, "_orig_mod", trainer.network).load_state_dict(content["network_weights"])  # if compiled
     trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
 
 
@@ -305,6 +305,7 @@ def main() -> None:
     torch.manual_seed(job["seed"])
     torch.set_num_threads(job["threads"])
     trainer, path = build_trainer(job), Path(job["report"])
+    torch.backends.cudnn.benchmark = trainer.device.type == "cuda"  # as nnUNetv2_train sets it
     if path.is_file():
         report = json.loads(path.read_text(encoding="utf-8"))
         load_trained(trainer, report["checkpoint"])

@@ -183,6 +183,7 @@ class Results:
         folder: of the file; ``$UMIT_BENCH_RESULTS`` or benchmarks/results unless given.
         settings: options that change figures, are part of no key, and are not the defaults (:func:`unusual`). They
             are stored with each run, and a stored run that had others is refused.
+        again: make every run once more, whatever is stored (``--again``).
     """
 
     def __init__(
@@ -191,14 +192,23 @@ class Results:
         claim: str,
         folder: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
+        again: bool = False,
     ) -> None:
         code_version()  # now, not when the first run ends
-        self.settings = dict(settings or {})
+        self.settings, self.again = dict(settings or {}), again
+        self.made: set[str] = set()  # in this invocation
         root = Path(folder or os.environ.get("UMIT_BENCH_RESULTS") or REPOSITORY / "benchmarks" / "results")
         self.path = root / f"{name}.json"
         command = f"python -m benchmarks.{name} --full"
         self.content: dict[str, Any] = {"benchmark": name, "claim": claim, "command": command, "runs": {}}
         self._read()
+
+    @classmethod
+    def of(
+        cls, options: argparse.Namespace, name: str, claim: str, settings: Mapping[str, Any] | None = None
+    ) -> Results:
+        """What the common ``options`` of a benchmark (:func:`parser`) ask for."""
+        return cls(name, claim, options.results, settings, options.again)
 
     def _read(self) -> None:
         if self.path.is_file():
@@ -229,6 +239,10 @@ class Results:
             )
         return run
 
+    def left(self, key: str, settings: Mapping[str, Any] | None = None) -> bool:
+        """Whether a run is still to be made; ``settings`` and errors as in :meth:`get`."""
+        return key not in self.made if self.again else self.get(key, settings) is None
+
     def put(self, key: str, run: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
         """Store one finished run, with the options of the command that made it, and write the file.
 
@@ -239,6 +253,7 @@ class Results:
             self._read()
             self.content["runs"][key] = {**run, "options": options_given(), **({"settings": asked} if asked else {})}
             write_json(self.path, self.content)
+        self.made.add(key)
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ class Transfer:
 
     def build(self, key: str) -> None:
         """Step A, with the commands a user types."""
-        if (self.home / "corpus.json").is_file() and not self.options.again and self.results.get(key) is not None:
+        if (self.home / "corpus.json").is_file() and not self.results.left(key):
             return
         from nnunet_umit.cli.stock import find_command
 
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     settings = unusual(options_parser, options, "threads", "device")
-    results = Results("corpus_transfer", CLAIM, options.results, settings)
+    results = Results.of(options, "corpus_transfer", CLAIM, settings)
     mode = "quick" if options.quick else "full"
     built, pretraining = f"{mode}/corpus", f"{mode}/corpus/{minutes:.3g}min"
     prefix = f"{mode}/{minutes:.3g}min+{tuning:.3g}min/"
@@ -264,14 +264,14 @@ def main(arguments: list[str] | None = None) -> None:
     with alone_in(work_folder(options.work)):
         transfer = Transfer(options, results, minutes)
         transfer.build(built)
-        if options.again or results.get(pretraining) is None:
+        if results.left(pretraining):
             say(f"{pretraining} ...")
             transfer.pretrain(pretraining)
         for number in transfer.targets:
             for seed in seeds:
                 for arm in ARMS:
                     key = f"{prefix}{transfer.name(number)}/seed{seed}/{arm}"
-                    if options.again or results.get(key) is None:
+                    if results.left(key):
                         say(f"{key} ...")
                         transfer.finetune(key, number, seed, tuning, pretraining)
     say(report(results.runs, pretraining, prefix))

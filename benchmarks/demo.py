@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--work", default=None, help="scratch folder")
     options = options_parser.parse_args(arguments)
-    results, key = Results("demo", CLAIM, options.results), "quick" if options.quick else "full"
-    if results.get(key) is None or options.again:
+    results, key = Results.of(options, "demo", CLAIM), "quick" if options.quick else "full"
+    if results.left(key):
         results.put(key, run(0.5 if options.quick else 5.0, options.work))
     found = results.get(key)
     say(report(found))

@@ -51,10 +51,6 @@ class FewLabels:
         bench.set_fold(chosen)
         return chosen
 
-    def left(self, key: str) -> bool:
-        """Whether a run is still to be made."""
-        return self.options.again or self.results.get(key) is None
-
     def finetune(
         self,
         key: str,

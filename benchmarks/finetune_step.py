@@ -268,13 +268,13 @@ def main(arguments: list[str] | None = None) -> None:
     kept = prepare_torch(options)
     plan = read_plan(options.plans)
     settings = {} if options.plans is None else {"plans_sha1": sha1(json.dumps(plan).encode()).hexdigest()}
-    results = Results("finetune_step", CLAIM, options.results, settings)
+    results = Results.of(options, "finetune_step", CLAIM, settings)
     mode = "quick" if options.quick else "full"
     planned = [2] if options.quick else sorted({plan["batch_size"], NNUNET_PLAN["batch_size"]})
     repeats = options.repeats or (3 if options.quick else 15)
     for batch in options.batch or planned:
         key = f"{mode}/batch{batch}/threads{options.threads}" + ("/kept" if kept else "")
-        if options.again or results.get(key) is None:
+        if results.left(key):
             say(f"{key} ...")
             results.put(key, measure(batch, plan, repeats, 1 if options.quick else 2, kept))
         say(report(results.get(key)))

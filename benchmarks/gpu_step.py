@@ -2,8 +2,9 @@
 
 The cases are those of ``benchmarks.arithmetic``. For each of them, bfloat16 autocast as the trainers have it: UMIT's
 pre-training and fine-tuning step, as they are and compiled; and, on the same batch and patch, the fine-tuning steps of
-Primus-S and of the PlainConvUNet that nnU-Net lays out for that patch. Networks, losses and optimisers are those of
-``finetune_step`` and ``mae_step``; images are random and already on the card, so no loader is measured. One repeat
+Primus-S and of the PlainConvUNet that nnU-Net lays out for that patch (padded where its poolings ask for it; compiled
+too, as nnU-Net does by default). Networks, losses and optimisers are those of ``finetune_step`` and ``mae_step``;
+images are random and already on the card, so no loader is measured. One repeat
 takes ``--steps`` steps of every arm in turn and waits for the card; peaks are those of PyTorch's allocator, without the
 CUDA context. ``--device cpu`` shows that the script works.
 
@@ -27,7 +28,7 @@ CLAIM = "what a training step takes on a GPU, against the arithmetic, the planne
 PRETRAIN, FINETUNE = "UMIT pre-training", "UMIT fine-tuning"
 COMPILED = ", compiled"
 PLAIN, PRIMUS = "PlainConvUNet", "Primus-S"
-ARMS = (PLAIN, PRIMUS, FINETUNE, FINETUNE + COMPILED, PRETRAIN, PRETRAIN + COMPILED)
+ARMS = (PLAIN, PLAIN + COMPILED, PRIMUS, FINETUNE, FINETUNE + COMPILED, PRETRAIN, PRETRAIN + COMPILED)
 BFLOAT16_CAPABILITY = (8, 0)
 
 
@@ -50,11 +51,11 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 
 
-def plain_conv_unet(patch: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
-    """The PlainConvUNet that nnU-Net's planner lays out for a patch, in the form of its plans."""
+def plain_conv_unet(patch: Sequence[int], spacing: Sequence[float]) -> tuple[dict[str, Any], list[int]]:
+    """The PlainConvUNet that nnU-Net's planner lays out for a patch, as its plans have it, and the patch it takes."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
-    _, strides, kernels, _, _ = get_pool_and_conv_props(list(spacing), list(patch), 4, 999999)
+    _, strides, kernels, padded, _ = get_pool_and_conv_props(list(spacing), list(patch), 4, 999999)
     stages = len(strides)
     base = finetune_step.NNUNET_PLAN["architecture"]
     kwargs = base["arch_kwargs"] | {
@@ -65,7 +66,7 @@ def plain_conv_unet(patch: Sequence[int], spacing: Sequence[float]) -> dict[str,
         "n_conv_per_stage": [2] * stages,
         "n_conv_per_stage_decoder": [2] * (stages - 1),
     }
-    return {"architecture": base | {"arch_kwargs": kwargs}}
+    return {"architecture": base | {"arch_kwargs": kwargs}}, [int(size) for size in padded]
 
 
 def build(arm: str, case: str, device: torch.device) -> tuple[nn.Module, Callable[[], None]]:
@@ -83,7 +84,8 @@ def build(arm: str, case: str, device: torch.device) -> tuple[nn.Module, Callabl
     elif name == PRIMUS:
         network = peers.primus_s(patch, arithmetic.CLASSES)
     else:
-        network = finetune_step.build(plain_conv_unet(patch, spacing))
+        plan, patch = plain_conv_unet(patch, spacing)
+        network = finetune_step.build(plan)
     known = "UMIT" if name == FINETUNE else name
     return network, finetune_step.make_step(known, network, batch, list(patch), {}, device, compiled)
 
@@ -132,7 +134,9 @@ def measure(case: str, arms: Sequence[str], device: torch.device, repeats: int, 
     """All arms of a case."""
     from nnunet_umit.plans.memory import CONTEXT_BYTES
 
+    torch.compiler.reset()  # else the sizes of the last case make those of this one dynamic, as in no training
     size, patch, spacing, token, batch = arithmetic.CASES[case]
+    padded = plain_conv_unet(patch, spacing)[1]
     operations = arithmetic.operations(size, patch, spacing, token)
     planned = operations["constant_bytes"] + batch * operations["sample_bytes"] - CONTEXT_BYTES
     content: dict[str, Any] = {"batch_size": batch, "patch_size": list(patch), "tokens": operations["tokens"]}
@@ -142,13 +146,14 @@ def measure(case: str, arms: Sequence[str], device: torch.device, repeats: int, 
     for arm in arms:
         peak, parameters, step = peak_of(arm, case, device)
         calls[arm] = partial(finished, step, steps, device)
-        content["arms"][arm] = {"peak_memory_bytes": peak, "parameters": parameters}
+        taken = padded if arm.removesuffix(COMPILED) == PLAIN else list(patch)
+        content["arms"][arm] = {"peak_memory_bytes": peak, "parameters": parameters, "patch_size": taken}
         say(f"  {arm}: built, peak {'-' if peak is None else f'{peak / 1e9:.2f} GB'}")
     samples = interleaved(calls, repeats, 1, repeat_line(repeats))
     each = {arm: [Sample(one.wall / steps, one.cpu / steps) for one in found] for arm, found in samples.items()}
     for arm, found in each.items():
         kind = {FINETUNE: "finetune", PRETRAIN: "pretrain"}.get(arm.removesuffix(COMPILED))
-        reference = each.get(PLAIN)
+        reference = each.get(PLAIN + COMPILED if arm.endswith(COMPILED) else PLAIN)
         content["arms"][arm] |= summarise(found)
         if kind is not None:
             content["arms"][arm]["operations"] = batch * operations[kind]
@@ -168,8 +173,19 @@ def report(runs: Mapping[str, Any]) -> str:
             peak = None if found["peak_memory_bytes"] is None else f"{found['peak_memory_bytes'] / 1e9:.2f}"
             planned = f"{run['planned_bytes'] / 1e9:.2f}" if arm.startswith(FINETUNE) else None
             case = key.rsplit("/", 1)[-1]
-            rows.append([case, run["batch_size"], arm, f"{1e3 * wall:.2f}", ratio, rate, peak, planned])
-    heads = ["case", "batch", "step", "ms: median", f"wall / {PLAIN}", "TFLOP/s", "peak GB", "planned GB"]
+            taken = found.get("patch_size", run["patch_size"])
+            shown = arm if taken == run["patch_size"] else f"{arm} ({' x '.join(map(str, taken))})"
+            rows.append([case, run["batch_size"], shown, f"{1e3 * wall:.2f}", ratio, rate, peak, planned])
+    heads = [
+        "case",
+        "batch",
+        "step",
+        "ms: median",
+        f"wall / {PLAIN} of the same kind",
+        "TFLOP/s",
+        "peak GB",
+        "planned GB",
+    ]
     names = sorted({run["device"] for run in runs.values()})
     return table(heads, rows) + f"\n\nMeasured on: {', '.join(names)}"
 
@@ -186,14 +202,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     prepare_torch(options)
     device = device_named(options.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnUNetv2_train sets it
     chosen = {name: value for name, value in {"arm": options.arm, "steps": options.steps}.items() if value is not None}
-    results, mode = Results("gpu_step", CLAIM, options.results, chosen), "quick" if options.quick else "full"
+    results, mode = Results.of(options, "gpu_step", CLAIM, chosen), "quick" if options.quick else "full"
     name = name_of(device)
     repeats, steps = options.repeats or (2 if options.quick else 15), options.steps or (1 if options.quick else 10)
     arms = options.arm or [arm for arm in ARMS if not (options.quick and arm.endswith(COMPILED))]
     for case in options.case or list(arithmetic.CASES)[: 1 if options.quick else None]:
         key = f"{mode}/{name}/{case}"
-        if options.again or results.get(key) is None:
+        if results.left(key):
             say(f"{key} ...")
             results.put(key, measure(case, arms, device, repeats, steps))
     say(report({key: run for key, run in results.runs.items() if key.startswith(f"{mode}/{name}/")}))

@@ -52,6 +52,7 @@ CONFIGURATIONS = TRAINED | SOFT_TOKENS
 GPU_TOLERANCE = 0.02  # of a loss: what the order of sums changes in a few steps, with room
 VALIDATED = 8  # cases of fold 0: nothing here measures accuracy
 BUDGET = {"epochs": 3, "iterations_per_epoch": 4, "val_iterations_per_epoch": 1}
+GPU_ITERATIONS = 200  # an epoch, so that a training on a GPU is still in it when it is killed
 SHORT_TRAINER = '''"""nnU-Net's own trainer, a few steps long."""
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -66,12 +67,8 @@ class nnUNetTrainerShort(nnUNetTrainer):
 class Journey:
     """Folders, commands and the list of what ran."""
 
-    def __init__(
-        self, work: Path, results: Results, device: str = "cpu", threads: int = 2, again: bool = False
-    ) -> None:
+    def __init__(self, work: Path, results: Results, device: str = "cpu", threads: int = 2) -> None:
         self.data = data_root()
-        self.again = again
-        self.done: set[str] = set()  # in this invocation
         self.device = device
         self.threads = threads
         self.work = work
@@ -87,12 +84,13 @@ class Journey:
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.work / results),
             "nnUNet_extTrainer": str(self.shim),
+            "PYTHONUNBUFFERED": "1",  # a log is read while it is written
             **process_counts(self.threads),
         }
 
     def run(self, key: str, *words: str | Path, results: str = "results", again: bool = False) -> None:
         """Run one command once; its wall time goes into the results, its output into a log."""
-        if self.is_done(key) and not again:
+        if not again and not self.results.left(key):
             return
         began = time.monotonic()
         log = self.log(key)
@@ -103,10 +101,6 @@ class Journey:
         if done.returncode:
             raise RuntimeError(f"{key} ended with {done.returncode}:\n{tail(log)}")
         self.note(key, " ".join(map(str, words)), began)
-
-    def is_done(self, key: str) -> bool:
-        """Whether a step need not be run: it is stored, and not to be repeated."""
-        return key in self.done or (not self.again and self.results.get(key) is not None)
 
     def words(self, *words: str | Path) -> list[str]:
         return [str(find_command(str(words[0]))), *map(str, words[1:])]
@@ -120,7 +114,6 @@ class Journey:
         wall = time.monotonic() - began
         shown = command.replace(str(self.work), "WORK").replace(str(self.data), "DATA")
         self.results.put(key, {"command": shown, "wall_s": wall, **more, **provenance()})
-        self.done.add(key)
         say(f"{key}: {wall:.0f} s")
 
     def folder(self, dataset: int) -> Path:
@@ -139,13 +132,14 @@ class Journey:
             planning = ["nnUNetv2_plan_and_preprocess", "-d", *missing, "-pl", "UMITPlanner"]
             processes = str(self.threads)
             self.run(key, *planning, "-np", processes, "-npfp", processes, again=True)  # stored: another work folder
+        budget = BUDGET if self.device == "cpu" else BUDGET | {"iterations_per_epoch": GPU_ITERATIONS}
         for base in bases.values():
             split = json.loads((self.data / "splits" / f"{base.name}.json").read_text(encoding="utf-8"))[0]
             write_json(base / "splits_final.json", [{"train": split["train"], "val": sorted(split["val"])[:VALIDATED]}])
             plans = json.loads((base / "UMITPlans.json").read_text(encoding="utf-8"))
             for configuration in plans["configurations"].values():
                 for section in ("pretrain", "tokenizer", "finetune"):
-                    configuration["umit"].setdefault(section, {}).update(BUDGET)
+                    configuration["umit"].setdefault(section, {}).update(budget)
             write_json(base / "UMITPlans.json", plans)
 
     def train(self, step: str, dataset: int, trainer: str, fold: str, weights: Path | None, results: str) -> Path:
@@ -164,7 +158,7 @@ class Journey:
         self.run(f"{dataset}/{step}", *start, results=results)
         final = self.model(dataset, trainer, results) / f"fold_{fold}" / "checkpoint_final.pth"
         key = f"{dataset}/{step} killed and continued"
-        if self.is_done(key):
+        if not self.results.left(key):
             return final
         began, killed = time.monotonic(), "killed" if results == "results" else f"{results}_killed"
         folder = self.model(dataset, trainer, killed) / f"fold_{fold}"
@@ -193,8 +187,13 @@ class Journey:
                 start_new_session=True,
             )
         while process.poll() is None and "Epoch 1" not in read(self.log(key)):
-            time.sleep(0.2)
-        time.sleep(random.Random(key).uniform(0.0, 2.0))
+            time.sleep(0.05)
+        if self.device == "cpu":
+            time.sleep(random.Random(key).uniform(0.0, 2.0))
+        if process.poll() is not None:
+            raise RuntimeError(
+                f"{key} ended with {process.returncode} before it could be killed:\n{tail(self.log(key))}"
+            )
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if (fold / "checkpoint_final.pth").exists():
@@ -255,7 +254,7 @@ class Journey:
         self.run("4/stock train", *stock, "-tr", "nnUNetTrainerShort")
         for name in ("UMITTrainer__UMITPlans", "nnUNetTrainerShort__nnUNetPlans"):
             trained = (self.work / "results" / self.folder(4).name / f"{name}__3d_fullres" / "fold_0").is_dir()
-            if not self.is_done("4/find best") and not trained:  # stored: of another work folder
+            if self.results.left("4/find best") and not trained:  # stored: of another work folder
                 raise RuntimeError(f"{name} was not trained")
         self.run(
             "4/find best", "nnUNetv2_find_best_configuration", "4", "-p", "UMITPlans", "nnUNetPlans",
@@ -329,9 +328,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dataset", type=int, action="append", choices=sorted(CONFIGURATIONS), help="default: all")
     add_place(options_parser)
     options = options_parser.parse_args(arguments)
-    results = Results("journey", CLAIM, options.results, unusual(options_parser, options, "device"))
+    results = Results.of(options, "journey", CLAIM, unusual(options_parser, options, "device"))
     work = work_folder(options.work) / "journey"
-    journey = Journey(work, results, options.device, options.threads, options.again)
+    journey = Journey(work, results, options.device, options.threads)
     journey.plan(options.dataset or ((4,) if options.quick else PLANNED))
     chosen = options.dataset or ([4] if options.quick else sorted(CONFIGURATIONS))
     for dataset in chosen:

@@ -56,7 +56,7 @@ class Labels(FewLabels):
         """Pre-train, unless that is done and its checkpoints are there."""
         key, bench = f"{self.prefix}pretrain", self.bench(DATASET, 1, self.minutes)
         seconds, folder = self.minutes * 60, bench.folder_of(key)
-        if self.left(key):
+        if self.results.left(key):
             say(f"{key} ...")
             self.split(bench, 0)
             folder, started = bench.run_folder(key), time.perf_counter()
@@ -74,7 +74,7 @@ class Labels(FewLabels):
         """Fine-tune one arm if that is not done; ``share`` tells how far its pre-training had come."""
         early = "" if share == 1.0 else f"@{share * self.minutes:.3g}min"
         key = f"{self.prefix}{labelled}/seed{seed}/{arm}{early}"
-        if self.left(key):
+        if self.results.left(key):
             if arm != "scratch" and not self.kept:
                 self.pretrain()
             weights = None if arm == "scratch" else self.kept[share]
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     settings = unusual(options_parser, options, "threads", "device")
-    results = Results("label_efficiency", CLAIM, options.results, settings)
+    results = Results.of(options, "label_efficiency", CLAIM, settings)
     labels = Labels(options, results, minutes, tuning)
     numbers, seeds = (QUICK_LABELLED, [1]) if options.quick else ((MAIN, *sorted({*LABELLED} - {MAIN})), [1, 2, 3])
     numbers, arms = [each for each in numbers if each in (options.labelled or numbers)], options.arm or ARMS

@@ -145,14 +145,10 @@ def repeat_key(prefix: str, seed: int, repeat: int) -> str:
 
 def run(options: argparse.Namespace, results: Results, prefix: str, seeds: list[int], minutes: float) -> None:
     """Train and time what is not stored yet."""
-
-    def left(key: str) -> bool:
-        return options.again or results.get(key) is None
-
-    trainings = [(seed, arm) for seed in seeds for arm in ARMS if left(f"{prefix}seed{seed}/{arm}")]
+    trainings = [(seed, arm) for seed in seeds for arm in ARMS if results.left(f"{prefix}seed{seed}/{arm}")]
     numbers = range(options.repeats)
     keys = {each: repeat_key(prefix, seeds[0], each) for each in numbers}
-    repeats = [each for each in numbers if options.again or results.get(keys[each], cases_of(options)) is None]
+    repeats = [each for each in numbers if results.left(keys[each], cases_of(options))]
     if not trainings and not repeats:
         return
     settings = {"minutes": minutes, "quick": options.quick, "threads": options.threads}
@@ -187,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.repeats = options.repeats or (1 if options.quick else REPEATS)
     seeds = options.seed or ([1] if options.quick else [1, 2])
     settings = unusual(options_parser, options, "threads", "device")
-    results = Results("native_spacing", CLAIM, options.results, settings)
+    results = Results.of(options, "native_spacing", CLAIM, settings)
     prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min/"
     run(options, results, prefix, seeds, minutes)
     say(report(results.runs, prefix))

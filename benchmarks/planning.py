@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--work", default=None, help="scratch folder")
     options = options_parser.parse_args(arguments)
-    results, mode = Results("planning", CLAIM, options.results), "quick" if options.quick else "full"
+    results, mode = Results.of(options, "planning", CLAIM), "quick" if options.quick else "full"
     work = work_folder(options.work) / "planning"
     for number in QUICK_DATASETS if options.quick else DATASETS:
         folders = sorted(data_root().glob(f"Dataset{number:03d}_*"))
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise FileNotFoundError(f"Dataset{number:03d} is not in the data folder; set UMIT_DATA to one that has it")
         name = folders[0].name
         keys = {each: f"{mode}/memory/{name}/{each}" for dataset, each in MEASURED if dataset == number}
-        left = [key for key in (f"{mode}/plans/{name}", *keys.values()) if results.get(key) is None or options.again]
+        left = [key for key in (f"{mode}/plans/{name}", *keys.values()) if results.left(key)]
         if not left:
             continue
         say(f"{name} ...")

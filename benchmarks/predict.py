@@ -222,14 +222,14 @@ def main(arguments: list[str] | None = None) -> None:
     add_place(options_parser)
     options = options_parser.parse_args(arguments)
     settings = unusual(options_parser, options, "device")
-    results, mode = Results("predict", CLAIM, options.results, settings), "quick" if options.quick else "full"
+    results, mode = Results.of(options, "predict", CLAIM, settings), "quick" if options.quick else "full"
     repeats = options.repeats or (1 if options.quick else 3)
     key = f"{mode}/start"
-    if options.again or results.get(key) is None:
+    if results.left(key):
         results.put(key, starts(5 if options.quick else 31) | provenance())
     for dataset in options.dataset or ([DATASET] if options.quick else list(CASES)):
         key = f"{mode}/{dataset}/threads{options.threads}"
-        if options.again or results.get(key) is None:
+        if results.left(key):
             say(f"{key} ...")
             predictions = Predictions(options, dataset)
             with alone_in(predictions.bench.work):

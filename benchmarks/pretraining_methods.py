@@ -52,7 +52,6 @@ class Methods(FewLabels):
         spent = f"{minutes:.3g}min+{tuning:.3g}min"
         super().__init__(options, results, "pretraining_methods", spent, {"share": options.tokenizer_share})
         self.minutes, self.tuning = minutes, tuning
-        self.pretrained: set[str] = set()  # in this invocation
 
     def own_values(self) -> dict[str, Any]:
         """What is set, if a pre-training has a part in it; else nothing: all fine-tunings of a method share one."""
@@ -66,9 +65,8 @@ class Methods(FewLabels):
     def pretrain(self, dataset: str, method: str) -> str:
         """Pre-train if that is not done; returns the key."""
         key = f"{self.prefix}{dataset}/{self.named(method)}"
-        if key in self.pretrained or not self.left(key):
+        if not self.results.left(key):
             return key
-        self.pretrained.add(key)
         say(f"{key} ...")
         bench = self.bench(dataset, 1, self.minutes)
         self.split(bench, 0)
@@ -91,7 +89,7 @@ class Methods(FewLabels):
     def compare(self, dataset: str, labelled: int, seed: int, arm: str) -> None:
         """Fine-tune one arm if that is not done, after its pre-training."""
         key = f"{self.prefix}{dataset}/{labelled or 'all'}/seed{seed}/{arm}{tagged(self.options)}"
-        if self.left(key):
+        if self.results.left(key):
             weights = self.checkpoint(dataset, arm) if arm in METHODS else None
             minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
             asked = umit_values(self.options)
@@ -185,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     minutes = budget(options.minutes, options.quick, MINUTES)
     tuning = budget(options.finetune_minutes, options.quick, FINETUNE_MINUTES)
     settings = unusual(options_parser, options, "threads", "tokenizer_share", "device")
-    results = Results("pretraining_methods", CLAIM, options.results, settings)
+    results = Results.of(options, "pretraining_methods", CLAIM, settings)
     methods = Methods(options, results, minutes, tuning)
     with alone_in(work_folder(options.work)):
         for dataset, labelled in asked(options):

@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: argparse.Namespace = options_parser.parse_args(arguments)
     prepare_torch(options)
     settings = unusual(options_parser, options, "threads", "keep_freed_memory")
-    results, mode = Results("scaling", CLAIM, options.results, settings), "quick" if options.quick else "full"
+    results, mode = Results.of(options, "scaling", CLAIM, settings), "quick" if options.quick else "full"
     repeats = options.repeats or (2 if options.quick else 9)
     sizes = {tokens: IMAGES[tokens] for tokens in ((175, 512) if options.quick else IMAGES)}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, measure in parts.items():
         key = f"{mode}/{name}"
-        if options.again or results.get(key) is None:
+        if results.left(key):
             say(f"{key} ...")
             results.put(key, measure() | provenance())
     say(report(results.runs, mode))

@@ -256,18 +256,14 @@ class Robustness:
 
 def run(options: argparse.Namespace, results: Results, prefix: str, minutes: float, arms: Sequence[str]) -> None:
     """Train, predict and score what is not stored yet."""
-
-    def left(key: str) -> bool:
-        return options.again or results.get(key) is None
-
     keys = {arm: f"{prefix}seed{options.seed}/{arm}" for arm in arms}
-    trainings = [arm for arm in arms if left(keys[arm] + "/training")]
-    predictions = [arm for arm in arms if left(keys[arm] + "/thick")]
-    if not trainings and not predictions and not left(prefix + CEILING):
+    trainings = [arm for arm in arms if results.left(keys[arm] + "/training")]
+    predictions = [arm for arm in arms if results.left(keys[arm] + "/thick")]
+    if not trainings and not predictions and not results.left(prefix + CEILING):
         return
     robustness = Robustness(options, minutes)
     with alone_in(work_folder(options.work)):
-        if left(prefix + CEILING):
+        if results.left(prefix + CEILING):
             results.put(prefix + CEILING, robustness.ceiling())
         if trainings:
             wanted: dict[str, list[str]] = {}
@@ -300,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     minutes = budget(options.minutes, options.quick, MINUTES)
     options.cases = options.cases or (2 if options.quick else None)
     settings = unusual(options_parser, options, "threads", "device")
-    results = Results("spacing_robustness", CLAIM, options.results, settings)
+    results = Results.of(options, "spacing_robustness", CLAIM, settings)
     limited = f"{options.cases}cases/" if options.cases else ""
     prefix = f"{'quick' if options.quick else 'full'}/fold{FOLD}/{minutes:.3g}min/{limited}"
     run(options, results, prefix, minutes, options.arm or list(ARMS))

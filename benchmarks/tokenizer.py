@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     minutes = budget(options.minutes, options.quick, MINUTES)
     compared = budget(options.compare_minutes, options.quick, COMPARED_MINUTES)
     settings = unusual(options_parser, options, "threads", "device")
-    results = Results("tokenizer", CLAIM, options.results, settings)
+    results = Results.of(options, "tokenizer", CLAIM, settings)
     mode = "quick" if options.quick else "full"
     long, prefix = f"{mode}/fold{FOLD}/{minutes:.3g}min/seed1/soft-alone", f"{mode}/fold{FOLD}/{compared:.3g}min/"
     todo = [(long, "soft", 1, minutes)]
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in options.seed or ([1] if options.quick else [1, 2, 3])
         for each in MODES
     ]
-    todo = [each for each in todo if options.again or results.get(each[0]) is None]
+    todo = [each for each in todo if results.left(each[0])]
     if todo:
         run(options, results, todo)
     say(report(results.runs, long, prefix))

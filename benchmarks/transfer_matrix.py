@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--plans", action="append", type=named, default=[], metavar="NAME=PLANS.json[:CONFIGURATION]")
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    results = Results("transfer_matrix", CLAIM, options.results)
+    results = Results.of(options, "transfer_matrix", CLAIM)
     if options.quick:
         key = "quick"
         with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoints = dict(options.checkpoint)
         networks = {name: functools.partial(network_of, target) for name, target in options.plans}
         key = f"full/{'+'.join(checkpoints)}/{'+'.join(networks)}"
-        if results.get(key) is not None and not options.again:
+        if not results.left(key):
             say(report(results.get(key)))
             return
         cells = cross(checkpoints, networks)

@@ -80,6 +80,19 @@ def test_results_are_continued_and_a_failed_write_leaves_the_old_file_whole(tmp_
     assert json.loads((tmp_path / "name.json").read_text())["runs"].keys() == {"one", "three"}
 
 
+def test_what_is_left_to_run(tmp_path):
+    Results("name", "claim", tmp_path).put("one", {}, {"cases": 2})
+    results = Results("name", "claim", tmp_path)
+    assert not results.left("one", {"cases": 2}) and results.left("two")
+    with pytest.raises(ValueError, match="give another --results folder"):
+        results.left("one")
+    options = argparse.Namespace(results=str(tmp_path), again=True)
+    repeated = Results.of(options, "name", "claim")
+    assert repeated.left("one")
+    repeated.put("one", {"value": 2})
+    assert not repeated.left("one") and repeated.left("two"), "made in this invocation"
+
+
 def test_what_another_process_stored_meanwhile_is_kept(tmp_path):
     one, other = Results("name", "claim", tmp_path), Results("name", "claim", tmp_path)
     one.put("of one", {})

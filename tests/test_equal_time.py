@@ -225,6 +225,15 @@ def test_a_training_that_a_killed_benchmark_left_holds_the_folder(tmp_path, monk
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for its end
 
 
+def test_weights_of_a_compiled_training_are_read_again(tmp_path):
+    module = torch.nn.Linear(2, 1)
+    trainer = argparse.Namespace(network=torch.compile(module, backend="eager"))
+    weights = {name: torch.ones_like(value) for name, value in module.state_dict().items()}
+    torch.save({"network_weights": weights, "inference_allowed_mirroring_axes": (0,)}, tmp_path / "final.pth")
+    budgeted_training.load_trained(trainer, str(tmp_path / "final.pth"))
+    assert module.weight.tolist() == [[1.0, 1.0]]
+
+
 def test_dice_counts_no_file_of_an_earlier_validation(tmp_path):
     class Validating:
         """Writes a file a case, and scores what is in the folder, as nnU-Net does."""

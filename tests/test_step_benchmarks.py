@@ -25,6 +25,7 @@ from benchmarks import (
     timed_predict,
 )
 from benchmarks.common import Results
+from benchmarks.products import share_of_products
 from nnunet_umit.architectures.encoder import SIZES
 from nnunet_umit.plans import layout
 from nnunet_umit.spacing import token_grid
@@ -204,6 +205,38 @@ def test_plans_and_memory_are_stored_and_not_made_again(tmp_path, monkeypatch, c
         planning.main(["--full", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])
 
 
+# ----------------------------------------------------------------------------------------------------- products
+def attention(tokens: torch.Tensor) -> torch.Tensor:
+    heads = tokens.view(2, 4, 16, 8).requires_grad_()
+    return nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x.view(64, 16) @ x.view(16, 64), lambda x: torch.einsum("bij,bkj->bik", x, x), attention,
+     nn.Conv1d(16, 4, 3), nn.Linear(32, 8)],
+)  # fmt: skip
+def test_products_and_attention_are_found_in_a_step(operation):
+    tokens = torch.randn(2, 16, 32)
+    assert 0 < share_of_products(lambda: operation(tokens).sum()) <= 1
+
+
+def test_nothing_else_counts_as_a_product():
+    norm, tokens = nn.LayerNorm(32), torch.randn(2, 16, 32)
+    assert share_of_products(lambda: nn.functional.gelu(norm(tokens)).softmax(-1).sum().backward()) == 0
+
+
+def test_the_share_of_products_stands_beside_the_ratio():
+    spread = {"median": 0.9, "q1": 0.9, "q3": 0.9}
+    arm = {"repeats": 1, "wall_s": spread, "cpu_s": spread, "parameters": 1, "ratio": {"cpu": spread, "wall": spread}}
+    arms = {mae_step.REFERENCE: arm | {"products_share": 0.8}, mae_step.OURS: arm | {"products_share": 0.7}}
+    run = {"image_size": [8, 8, 8], "arms": arms, "tokens": 1, "batch_size": 2, "threads": 2}
+    assert (
+        "attention: MONAI 0.80, UMIT, equal size 0.70; those of UMIT at equal size alone are 0.630"
+        in mae_step.report(run)
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ journey
 def test_a_stored_journey_is_repeated_once_where_that_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "data" / "Dataset004_Hippocampus").mkdir(parents=True)
@@ -215,7 +248,8 @@ def test_a_stored_journey_is_repeated_once_where_that_is_asked_for(tmp_path, mon
     stored = journey.Journey(tmp_path / "work", results)
     stored.run("4/predict", "nnUNetv2_predict")
     assert len(ran) == 1
-    repeated = journey.Journey(tmp_path / "work", results, again=True)
+    assert journey.Journey(tmp_path / "work", results).environment("results")["PYTHONUNBUFFERED"] == "1"
+    repeated = journey.Journey(tmp_path / "work", Results("journey", "", tmp_path / "results", again=True))
     for _ in range(2):
         repeated.run("4/predict", "nnUNetv2_predict")
     assert len(ran) == 2
@@ -270,8 +304,18 @@ def test_steps_for_a_gpu_say_that_there_is_none():
 
 
 def test_the_plain_network_is_laid_out_as_nnunet_does():
-    arch = gpu_step.plain_conv_unet((40, 56, 40), (1.0, 1.0, 1.0))["architecture"]["arch_kwargs"]
+    arch = gpu_step.plain_conv_unet((40, 56, 40), (1.0, 1.0, 1.0))[0]["architecture"]["arch_kwargs"]
     stock = finetune_step.NNUNET_PLAN["architecture"]["arch_kwargs"]
     assert arch == stock
-    deep = gpu_step.plain_conv_unet((128, 128, 128), (1.0, 1.0, 1.0))["architecture"]["arch_kwargs"]
+    deep = gpu_step.plain_conv_unet((128, 128, 128), (1.0, 1.0, 1.0))[0]["architecture"]["arch_kwargs"]
     assert deep["features_per_stage"] == [32, 64, 128, 256, 320, 320]
+
+
+@pytest.mark.parametrize("case", arithmetic.CASES)
+def test_the_plain_network_takes_the_patch_of_every_case(case):
+    _, patch, spacing, _, _ = arithmetic.CASES[case]
+    plan, padded = gpu_step.plain_conv_unet(patch, spacing)
+    assert all(size <= wanted < size + 32 for size, wanted in zip(patch, padded, strict=True))
+    with torch.device("meta"):
+        made = finetune_step.build(plan).eval()(torch.empty(1, 1, *padded))
+    assert (made[0] if isinstance(made, (list, tuple)) else made).shape[2:] == tuple(padded)
