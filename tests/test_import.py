@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import corpus
 import numpy as np
 import pytest
 from conftest import Folders
@@ -24,7 +20,7 @@ from typer.testing import CliRunner
 
 from nnunet_umit.cli.app import app
 from nnunet_umit.importing import judge as judging
-from nnunet_umit.importing import run, workers
+from nnunet_umit.importing import run
 from nnunet_umit.importing.dataset import RequestError, folder_name
 from nnunet_umit.importing.discover import case_name, discover
 from nnunet_umit.importing.run import Outcome, Request, import_folder
@@ -150,6 +146,31 @@ def test_nothing_broken_and_nothing_usable(nnunet_env: Folders, tmp_path: Path) 
     assert not (nnunet_env.raw / "Dataset902_Bad").exists()
     quarantine = nnunet_env.raw / ".umit-import-Dataset902_Bad" / "quarantine.csv"
     assert str(quarantine) in output and "a.nii.gz" in quarantine.read_text()
+
+
+def test_photographs_of_other_kinds_are_named(tmp_path: Path) -> None:
+    make_good(tmp_path / "scans", 2)
+    (tmp_path / "scans" / "photo.JPG").write_bytes(b"\xff\xd8\xff\xe0" + bytes(40))
+    (tmp_path / "scans" / "notes.bmp").write_bytes(b"no picture")
+    outcome = start(tmp_path / "scans", tmp_path / "raw")
+    (entry,) = outcome.rejections
+    assert outcome.exit_code == 1 and entry.kind is Kind.FORMAT and entry.path.endswith("photo.JPG")
+    assert "a JPEG picture" in entry.reason and "Convert it to PNG" in entry.fix and "--exclude '*.JPG'" in entry.fix
+    assert outcome.ignored[".bmp"] == 1
+
+
+def test_what_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """chmod changes neither size nor time of a file."""
+    make_good(tmp_path / "scans", 2)
+
+    def closed(candidate: object, kind: str, max_voxels: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    load = judging.load_volume
+    monkeypatch.setattr(judging, "load_volume", closed)
+    assert start(tmp_path / "scans", tmp_path / "raw").exit_code == 2
+    monkeypatch.setattr(judging, "load_volume", load)
+    assert start(tmp_path / "scans", tmp_path / "raw").exit_code == 0
 
 
 def test_images_that_look_like_ct_are_pointed_out(nnunet_env: Folders, tmp_path: Path) -> None:
@@ -318,60 +339,7 @@ finally:
     assert done.stdout.splitlines()[-1] == "LOADED []" and "--max-voxels" in done.stdout
 
 
-# --- processes ----------------------------------------------------------------------------------------------------
-
-
-def test_a_killed_process_costs_its_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_good(tmp_path / "scans", 10)
-    killer = save(tmp_path / "scans" / "good killer.nii.gz", body(99))
-    monkeypatch.setattr(run, "judge", corpus.judge_or_die)
-    outcome = start(tmp_path / "scans", tmp_path / "raw", jobs=2)
-    assert kinds(outcome) == {str(killer): Kind.CRASH}
-    assert len(outcome.cases) == 10 and outcome.exit_code == 1
-    assert "killed the process" in outcome.rejections[0].reason
-
-
-def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
-    """The worker holds a lock until it ends, and would wait for ever."""
-    lock, pipe = tmp_path / "lock", tmp_path / "pipe"
-    os.mkfifo(pipe)
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(corpus.__file__).parent)!r})
-import corpus
-from nnunet_umit.importing import workers
-if __name__ == "__main__":
-    list(workers.each(corpus.hold_for_ever, [({str(lock)!r}, {str(pipe)!r})], 1, corpus.do_nothing))
-"""
-    (tmp_path / "main.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env={**os.environ, "PYTHONPATH": ""})
-    assert pipe.read_text() == "held"  # blocks until the worker has the lock
-    parent.kill()
-    parent.wait()
-    with lock.open() as handle:
-        free = threading.Thread(target=fcntl.flock, args=(handle, fcntl.LOCK_EX), daemon=True)
-        free.start()
-        free.join(timeout=60)
-        assert not free.is_alive(), "the worker is still there"
-
-
-def test_processes_that_never_start_blame_no_file() -> None:
-    with pytest.raises(workers.WorkersError, match="--jobs 0"):
-        list(workers.each(corpus.identity, [1, 2], 1, corpus.die))
-
-
-def test_items_are_taken_a_few_at_a_time() -> None:
-    taken = []
-
-    def items() -> Iterator[int]:
-        for item in range(40):
-            taken.append(item)
-            yield item
-
-    results = workers.each(corpus.identity, items(), 1, corpus.do_nothing)
-    first = next(results)
-    assert first.result == first.item and len(taken) <= 8
-    assert sorted([first.item, *(done.result for done in results)]) == list(range(40))
+# --- what is found ------------------------------------------------------------------------------------------------
 
 
 def test_a_reader_that_raises_anything_becomes_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,9 +356,6 @@ def test_a_reader_that_raises_anything_becomes_a_reason(tmp_path: Path, monkeypa
         "does not fit into memory",
         "the reader failed (ZeroDivisionError: odd)",
     ]
-
-
-# --- what is found ------------------------------------------------------------------------------------------------
 
 
 def test_links_are_followed_once_and_what_is_no_image_is_counted(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import tifffile
 from corpus import HEADER, SHAPE, SPACING, body, edit, make_series, save
 from skimage import io
 
+from nnunet_umit.importing import dicom
+from nnunet_umit.importing.dicom import Slice
 from nnunet_umit.importing.discover import discover
 from nnunet_umit.importing.formats import sniff
 from nnunet_umit.importing.headers import declared
@@ -419,6 +421,32 @@ def test_series_that_an_anonymiser_gave_one_uid_stay_apart(tmp_path: Path) -> No
     assert [case.relative for case in outcome.cases] == ["a/1.2.8.1", "b/1.2.8.1"] and not outcome.rejections
 
 
+def test_every_header_is_read_once_however_many_series_a_folder_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 6):
+        make_series(tmp_path / "study", f"1.2.8.{number}", slices=4)
+    read, seen = dicom.read_slice, list[str]()
+    monkeypatch.setattr(dicom, "read_slice", lambda path: seen.append(path) or read(path))
+    files = tuple((file.name, "state") for file in (tmp_path / "study").iterdir())
+    found = dicom.survey(dicom.Folder(str(tmp_path / "study"), "study", files))
+    assert len(seen) == len(files) == 20 and not found.rejections
+    assert {each.uid: each.files for each in found.series} == {
+        f"1.2.8.{number}": tuple(f"{(7 * index) % 10}_1.2.8.{number}_{index}.dcm" for index in range(4))
+        for number in range(1, 6)
+    }
+
+
+def test_slices_without_places_come_in_the_order_of_their_numbers() -> None:
+    ways = (1.0, 0, 0, 0, 1, 0)
+    numbered = {"a": Slice("1", 3, None, None), "b": Slice("1", 1, ways, (0, 0, 9.0)), "c": Slice("1", 2, None, None)}
+    assert dicom.in_order(numbered) == ("b", "c", "a")
+    placed = {name: Slice("1", 1, ways, (0, 0, place)) for name, place in (("a", 2.0), ("b", -3.5), ("c", 0.0))}
+    assert dicom.in_order(placed) == ("b", "c", "a")
+    assert dicom.numbers("1\\-2.5\\3\0", 3) == (1.0, -2.5, 3.0)
+    assert dicom.numbers("1\\2", 3) is None and dicom.numbers("1\\x\\3", 3) is None and dicom.numbers("", 1) is None
+
+
 def test_frames_are_not_taken_for_slices(tmp_path: Path) -> None:
     """A cine loop in one file: nothing tells its moments from slices."""
     image = sitk.GetImageFromArray(body(3, (12, 16, 20)))
@@ -431,17 +459,21 @@ def test_frames_are_not_taken_for_slices(tmp_path: Path) -> None:
 
 
 def test_slices_must_be_evenly_spaced() -> None:
-    straight = np.array([1.0, 0, 0, 0, 1, 0])
+    straight, sagittal = np.array([[1.0, 0, 0, 0, 1, 0]]), np.array([[0, 1.0, 0, 0, 0, 1]])
     stack = np.array([[0, 0, 3.0 * index] for index in range(6)])
-    check_slices(stack, straight)
-    check_slices(stack[::-1], straight)
-    check_slices(stack[:, [2, 0, 1]], np.array([0, 1.0, 0, 0, 0, 1]))  # sagittal
+    check_slices(stack, straight.repeat(6, 0))
+    check_slices(stack[::-1], straight.repeat(6, 0))
+    check_slices(stack[:, [2, 0, 1]], sagittal.repeat(6, 0))
+    with pytest.raises(RejectedError, match="its 6 slices look in 2 directions") as caught:
+        check_slices(stack, np.concatenate((straight.repeat(3, 0), sagittal.repeat(3, 0))))
+    assert caught.value.kind is Kind.DIMENSION
     cases = [
         (np.delete(stack, 2, axis=0), Kind.GEOMETRY, "3 to 6 mm apart"),
+        (stack[[0, 2, 1, 3, 4, 5]], Kind.GEOMETRY, "its 6 slices are not in the order of their places"),
         (np.concatenate([stack, stack]), Kind.DIMENSION, "12 slices at 6 positions"),
         (stack + np.arange(6)[:, None] * [0, 0.5, 0], Kind.GEOMETRY, "leans by 2.5 mm over 15.0 mm"),
     ]
     for positions, kind, words in cases:
         with pytest.raises(RejectedError, match=words) as caught:
-            check_slices(positions, straight)
+            check_slices(positions, straight.repeat(len(positions), 0))
         assert caught.value.kind is kind

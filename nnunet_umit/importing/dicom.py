@@ -1,7 +1,8 @@
-"""DICOM files of one folder, sorted into series by GDCM. Judged and converted later, a series at a time."""
+"""DICOM files sorted into series by what their headers say. Judged and converted later, a series at a time."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,10 @@ import SimpleITK as sitk
 
 from nnunet_umit.importing.discover import case_name
 from nnunet_umit.importing.verdict import Candidate, Kind, Rejection
+
+SERIES, NUMBER, POSITION, DIRECTIONS = "0020|000e", "0020|0013", "0020|0032", "0020|0037"
+
+SAME_WAY = 0.01  # of direction cosines
 
 
 @dataclass(frozen=True)
@@ -31,32 +36,97 @@ class Survey:
     rejections: tuple[Rejection, ...]
 
 
+@dataclass(frozen=True)
+class Slice:
+    """What the header of one file says.
+
+    Args:
+        uid: Series Instance UID.
+        number: Instance Number, infinite where there is none.
+        directions: Image Orientation (Patient): of rows, then of columns; None where there is none.
+        position: Image Position (Patient), mm; None where there is none.
+    """
+
+    uid: str
+    number: float
+    directions: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+
+
 def survey(folder: Folder) -> Survey:
-    """Read the headers of all files of a folder. Damaged files, which GDCM passes over without a word, are named."""
-    states = dict(folder.files)
-    series, left = [], set(states)
-    reason = "belongs to no DICOM series that GDCM can read: damaged, truncated, or no image"
+    """Read the header of every file of a folder once, and sort the files into series."""
+    states, found = dict(folder.files), dict[str, dict[str, Slice]]()
+    rejections = []
+    for name in sorted(states):
+        read = read_slice(os.path.join(folder.path, name))
+        if read is None:
+            reason = "belongs to no DICOM series that GDCM can read: damaged, truncated, or no image"
+            path = os.path.join(folder.path, name)
+            rejections.append(Rejection(path=path, kind=Kind.HEADER, reason=reason, fix="Export it again"))
+        else:
+            found.setdefault(read.uid, {})[name] = read
+    series = []
+    for uid, slices in found.items():
+        names = in_order(slices)
+        series.append(
+            Candidate(
+                path=folder.path,
+                relative=f"{folder.relative}/{uid}",
+                case=case_name(folder.relative, extra=uid),
+                state=_digest([(name, states[name]) for name in names]),
+                files=names,
+            )
+        )
+    return Survey(tuple(series), tuple(rejections))
+
+
+def read_slice(path: str) -> Slice | None:
+    """The header of a file; None where SimpleITK finds no image in it, or no series."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
     try:
-        found = {
-            uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder.path, uid)
-            for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder.path)
-        }
-    except Exception as error:  # SimpleITK's boundary: every file of the folder is named with its words
-        found, reason = {}, f"GDCM cannot read its folder ({error})"
-    for uid, paths in found.items():
-        names = tuple(name for name in map(os.path.basename, paths) if name in left)
-        if not names:
-            continue
-        left.difference_update(names)
-        state = _digest([(name, states[name]) for name in names])
-        name = case_name(folder.relative, extra=uid)
-        relative = f"{folder.relative}/{uid}"
-        series.append(Candidate(path=folder.path, relative=relative, case=name, state=state, files=names))
-    rejections = tuple(
-        Rejection(path=os.path.join(folder.path, name), kind=Kind.HEADER, reason=reason, fix="Export it again")
-        for name in sorted(left)
-    )
-    return Survey(tuple(series), rejections)
+        reader.ReadImageInformation()
+        uid, number, directions, position = (
+            reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else ""
+            for tag in (SERIES, NUMBER, DIRECTIONS, POSITION)
+        )
+    except Exception:  # SimpleITK's boundary: the caller says what it means that a file cannot be read
+        return None
+    if not uid.strip("\0 "):
+        return None
+    return Slice(uid.strip("\0 "), (numbers(number, 1) or (math.inf,))[0], numbers(directions, 6), numbers(position, 3))
+
+
+def numbers(text: str, count: int) -> tuple[float, ...] | None:
+    """The numbers of a DICOM value, ``"1\\2\\3"``; None where it does not hold ``count`` of them."""
+    try:
+        found = tuple(float(word) for word in (each.strip("\0 ") for each in text.split("\\")) if word)
+    except ValueError:
+        return None
+    return found if len(found) == count else None
+
+
+def in_order(slices: dict[str, Slice]) -> tuple[str, ...]:
+    """Names along the normal of the slices; by their numbers where places do not tell (and a judge will say why)."""
+    places = _along(slices.values())
+    if places is not None and len(set(places)) == len(slices):
+        return tuple(name for _, name in sorted(zip(places, slices, strict=True)))
+    return tuple(sorted(slices, key=lambda name: (slices[name].number, name)))
+
+
+def _along(slices: Iterable[Slice]) -> list[float] | None:
+    """Places in mm along the common normal, to a thousandth; None where one has no place or looks another way."""
+    normal, places = None, []
+    for each in slices:
+        if each.directions is None or each.position is None:
+            return None
+        own = np.cross(each.directions[:3], each.directions[3:])
+        if normal is None:
+            normal, common = own, each.directions
+        if not np.allclose(each.directions, common, atol=SAME_WAY):
+            return None
+        places.append(round(float(normal @ np.asarray(each.position)), 3))
+    return places
 
 
 def join(series: Iterable[Candidate]) -> list[Candidate]:
@@ -78,33 +148,18 @@ def join(series: Iterable[Candidate]) -> list[Candidate]:
 
 def _whole(parts: Sequence[Candidate]) -> Candidate | None:
     """The parts as one candidate under the name of the first; None where they do not belong together."""
-    paths = [os.path.join(part.path, name) for part in parts for name in part.files]
-    places = [_place(path) for path in paths]
-    known = [place for place in places if place is not None]
-    if len(set(known)) < len(paths) or len({directions for directions, _ in known}) > 1:
+    slices = {
+        path: read_slice(path) for part in parts for path in (os.path.join(part.path, name) for name in part.files)
+    }
+    known = {path: each for path, each in slices.items() if each is not None}
+    places = _along(known.values())
+    if places is None or len(known) < len(slices) or len(set(places)) < len(slices):
         return None
-    directions = np.array(known[0][0])
-    along = [float(np.cross(directions[:3], directions[3:]) @ position) for _, position in known]
     root = os.path.commonpath([part.path for part in parts])
-    files = tuple(os.path.relpath(path, root) for _, path in sorted(zip(along, paths, strict=True)))
+    files = tuple(os.path.relpath(path, root) for path in in_order(known))
     first = min(parts, key=lambda part: part.relative)
     state = _digest(sorted((part.relative, part.state) for part in parts))
     return replace(first, path=root, files=files, state=state)
-
-
-def _place(path: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Directions of rows and columns, and position in mm, of a slice; None where its header has none."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-        words = [reader.GetMetaData(tag).split("\\") for tag in ("0020|0037", "0020|0032")]
-        directions, position = ([float(word) for word in each] for each in words)
-    except Exception:  # SimpleITK's boundary: its series is judged as it lies, and what is wrong is said then
-        return None
-    if (len(directions), len(position)) != (6, 3):
-        return None
-    return tuple(round(value, 4) for value in directions), tuple(round(value, 3) for value in position)
 
 
 def _digest(states: Sequence[tuple[str, str]]) -> str:

@@ -165,16 +165,22 @@ def _sort_unknown(
     entry: os.DirEntry[str], extension: str, status: os.stat_result, found: Found
 ) -> tuple[str, formats.Format] | None:
     """A file whose suffix says nothing: DICOM often has none; a known image under another name is told so."""
-    kind = None
+    kind, picture = None, None
     if status.st_size and status.st_mode & _READ_BITS and entry.name.upper() != "DICOMDIR":
         try:
             with open(entry.path, "rb") as handle:
-                kind = formats.sniff(handle.read(formats.HEAD))
+                head = handle.read(formats.HEAD)
         except OSError:
             extension = f"{extension} (unreadable)"
+        else:
+            kind, picture = formats.sniff(head), formats.foreign(head, extension)
     if kind == "dicom":
         return "", "dicom"
-    if kind is None or kind == "gzip":
+    if picture is not None:
+        written = os.path.splitext(entry.name)[1]
+        fix = f"Convert it to PNG, or leave such files out with --exclude '*{written}'"
+        found.reject(entry.path, Kind.FORMAT, f"a {picture} picture, which is not imported", fix)
+    elif kind is None or kind == "gzip":
         found.ignored[extension] += 1
     elif extension in formats.PAIRED:
         reason = f"{extension} is a header whose voxels are in a second file"

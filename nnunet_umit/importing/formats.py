@@ -24,6 +24,14 @@ SUFFIXES: dict[str, Format] = {  # .nii.gz stands before .nii, so that it is tri
 }
 PAIRED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels are in a second file
 PICTURES = ("png", "tiff")
+FOREIGN = {  # first bytes of pictures that are images, but none that is imported
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+}
+FOREIGN_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".jp2", ".j2k", ".jpx")
 
 
 def suffix_of(name: str) -> tuple[str, Format] | None:
@@ -35,6 +43,15 @@ def suffix_of(name: str) -> tuple[str, Format] | None:
 def suffix_for(kind: str) -> str:
     """The usual suffix of a format."""
     return next(suffix for suffix, known in SUFFIXES.items() if known == kind and suffix not in (".tiff", ".dicom"))
+
+
+def foreign(head: bytes, suffix: str) -> str | None:
+    """The name of a kind of picture that is not imported, where both suffix and first bytes say that it is one."""
+    if suffix.lower() not in FOREIGN_SUFFIXES:
+        return None
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    return next((name for start, name in FOREIGN.items() if head.startswith(start)), None)
 
 
 def sniff(head: bytes) -> str | None:

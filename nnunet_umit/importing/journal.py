@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from nnunet_umit.files import replace
 from nnunet_umit.importing.verdict import Candidate, OutputError, Verdict
 
 
@@ -31,7 +31,7 @@ class Journal:
         with fresh.open("w", encoding="ascii") as handle:
             handle.write(json.dumps(self.conditions) + "\n")
             handle.writelines(json.dumps(verdict.to_dict()) + "\n" for verdict in self._known.values())
-        os.replace(fresh, self.path)
+        replace(fresh, self.path)
         self._handle = self.path.open("a", encoding="ascii")
         return self
 

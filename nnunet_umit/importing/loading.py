@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from nnunet_umit.importing.dicom import DIRECTIONS, POSITION, SAME_WAY, numbers
 from nnunet_umit.importing.formats import Format
 from nnunet_umit.importing.headers import declared
 from nnunet_umit.importing.stream import decoding, scan, tally_array
@@ -145,8 +146,11 @@ def load_series(candidate: Candidate, max_voxels: int) -> Loaded:
     with sitk_errors(f"SimpleITK cannot read the series of {len(names)} files", Kind.CRASH):
         image = reader.Execute()
     if len(names) > 1:
-        positions = [_vector(reader, index, "0020|0032") for index in range(len(names))]
-        check_slices(np.array(positions), np.array(_vector(reader, 0, "0020|0037")))
+        positions, directions = (
+            np.array([_vector(reader, index, tag, count) for index in range(len(names))])
+            for tag, count in ((POSITION, 3), (DIRECTIONS, 6))
+        )
+        check_slices(positions, directions)
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     if image.GetDimension() != 3:
@@ -156,20 +160,28 @@ def load_series(candidate: Candidate, max_voxels: int) -> Loaded:
     return from_sitk(image, tally_array(array, image.GetSize()).digest)
 
 
-def check_slices(positions_S3: NDArray[np.float64], orientation_6: NDArray[np.float64]) -> None:
+def check_slices(positions_S3: NDArray[np.float64], directions_S6: NDArray[np.float64]) -> None:
     """Refuse slices that are not evenly spaced along their normal.
 
     Args:
-        positions_S3: Image Position (Patient) of each slice, mm.
-        orientation_6: Image Orientation (Patient): directions of a row and of a column.
+        positions_S3: Image Position (Patient) of each slice in the order of the volume, mm.
+        directions_S6: Image Orientation (Patient) of each slice: directions of a row and of a column.
 
     Raises:
-        RejectedError: Repeated positions, gaps, or a stack that leans.
+        RejectedError: Slices that look in several directions, repeated positions, gaps, or a stack that leans.
     """
-    normal = np.cross(orientation_6[:3], orientation_6[3:])
-    places = np.sort(positions_S3 @ normal)
+    if not np.allclose(directions_S6, directions_S6[0], atol=SAME_WAY):
+        ways = len(np.unique(directions_S6.round(2), axis=0))
+        reason = f"its {len(positions_S3)} slices look in {ways} directions (a localizer?)"
+        raise RejectedError(Kind.DIMENSION, reason, "Export each direction as a series of its own, or leave it out")
+    normal = np.cross(directions_S6[0, :3], directions_S6[0, 3:])
+    along = positions_S3 @ normal
+    places = np.sort(along)
     gaps = np.diff(places)
     usual = float(np.median(gaps))
+    if gaps.min() >= 1e-3 and not (np.all(np.diff(along) > 0) or np.all(np.diff(along) < 0)):
+        reason = f"its {len(places)} slices are not in the order of their places"
+        raise RejectedError(Kind.GEOMETRY, reason, "Export the series again, or convert it (dcm2niix does)")
     if gaps.min() < 1e-3:
         reason = f"{len(places)} slices at {1 + int(np.sum(gaps >= 1e-3))} positions: several volumes in one series"
         raise RejectedError(Kind.DIMENSION, reason, "Export each time point or echo as a series of its own")
@@ -178,7 +190,7 @@ def check_slices(positions_S3: NDArray[np.float64], orientation_6: NDArray[np.fl
             f"slices are {gaps.min():g} to {gaps.max():g} mm apart, usually {usual:g}: some are missing or irregular"
         )
         raise RejectedError(Kind.GEOMETRY, reason, "Restore the missing slices, or export the series again")
-    path = positions_S3[int(np.argmax(positions_S3 @ normal))] - positions_S3[int(np.argmin(positions_S3 @ normal))]
+    path = positions_S3[int(np.argmax(along))] - positions_S3[int(np.argmin(along))]
     height = float(path @ normal)
     sideways = float(np.linalg.norm(path - height * normal))
     if sideways > _TILT * height:
@@ -186,13 +198,13 @@ def check_slices(positions_S3: NDArray[np.float64], orientation_6: NDArray[np.fl
         raise RejectedError(Kind.GEOMETRY, reason, "Resample it to a straight grid when converting it (dcm2niix does)")
 
 
-def _vector(reader: sitk.ImageSeriesReader, index: int, tag: str) -> list[float]:
+def _vector(reader: sitk.ImageSeriesReader, index: int, tag: str, count: int) -> tuple[float, ...]:
     text = reader.GetMetaData(index, tag) if reader.HasMetaDataKey(index, tag) else ""
-    numbers = [float(word) for word in text.split("\\") if word.strip()]
-    if len(numbers) != (3 if tag == "0020|0032" else 6):
+    found = numbers(text, count)
+    if found is None:
         reason = f"slice {index} has {text!r} for DICOM tag {tag} (position or orientation)"
         raise RejectedError(Kind.GEOMETRY, reason, "Export the series with its geometry, or leave it out")
-    return numbers
+    return found
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from nnunet_umit.importing.verdict import (
 )
 from nnunet_umit.importing.workers import each
 
+TRANSIENT = (Kind.CRASH, Kind.UNREADABLE)  # may differ next time, though the bytes are the same
 MAX_VOXELS = 1 << 29  # 512 x 512 x 2048: a whole-body CT
 
 
@@ -162,7 +163,7 @@ def _verdicts(
     with closing(each(task, fresh, min(request.jobs, len(fresh)), quiet)) as judged:
         for done in judged:
             verdict = done.result if done.result is not None else _killed(done.item)
-            if verdict.rejection is None or verdict.rejection.kind is not Kind.CRASH:  # that may differ next time
+            if verdict.rejection is None or verdict.rejection.kind not in TRANSIENT:
                 journal.add(verdict)
             verdicts.append(verdict)
             progress(len(verdicts), len(candidates))
