@@ -84,7 +84,7 @@ class PretrainConfig(TrainingConfig):
 
     ``decoder_*`` are the masked autoencoder's. Soft-token pre-training has ``mask_layers``, the number of last blocks
     that see mask tokens; ``mask_positions``, whether mask tokens carry an absolute position beside the rotary one; and
-    ``tokenizer``, the path of a tokenizer's checkpoint, where ``-pretrained_weights`` names none.
+    ``tokenizer``, the path of a tokenizer's checkpoint, where ``-pretrained_weights`` names none. PUMIT hides 0.55.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -121,7 +121,7 @@ class TokenizerConfig(TrainingConfig):
         dim: width at the token grid.
         codes: size of the codebook.
         quantiser: ``"soft"``, or ``"gumbel"`` and ``"nearest"`` for comparison.
-        sharpness, diversity: weights of the two halves of the prior-distribution regularisation.
+        sharpness, diversity: weights of the two halves of the prior-distribution regularisation (PUMIT: 1.0 and 0.03).
         usage_momentum: moving average of the mean distribution that diversity looks at; 0: this batch only.
         gradient, similarity: weights of the multi-scale gradient and the SSIM-like term; 0: off.
         perceptual: weight of the distance between features of the encoder in ``perceptual_weights``; 0: off.

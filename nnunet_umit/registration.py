@@ -365,17 +365,20 @@ def _get_trainer(
     **kwargs: "Any",
 ) -> "Any":
     """For UMIT trainers, missing datasets and plans are named with the command that makes them."""
+    told = f"{plans_identifier} are UMIT plans, and {trainer_name} reads nothing of their umit block: "
     if (TRAINERS, trainer_name) in REGISTRY:
         from nnunet_umit.trainers.requirements import require_plans
 
         require_plans(dataset_name_or_id, plans_identifier)
+    else:
+        from nnunet_umit.plans.comparison import is_native
+
+        if is_native(plans_identifier, dataset_name_or_id, configuration):  # before a trainer makes its folder
+            raise RuntimeError(f"{told}it cannot train {configuration}, where every image has its own spacing; use -tr "
+                               "UMITTrainer")  # fmt: skip
     trainer = original(dataset_name_or_id, configuration, fold, trainer_name, plans_identifier, *args, **kwargs)
     planned = getattr(getattr(trainer, "configuration_manager", None), "configuration", {})
     if "umit" in planned and (TRAINERS, trainer_name) not in REGISTRY:
-        told = f"{plans_identifier} are UMIT plans, and {trainer_name} reads nothing of their umit block: "
-        if planned["architecture"]["arch_kwargs"].get("native"):
-            raise RuntimeError(f"{told}it cannot train {configuration}, where every image has its own spacing; use -tr "
-                               "UMITTrainer")  # fmt: skip
         print(f"nnunet-umit: {told}schedule and optimiser are its own. Did you mean -tr UMITTrainer?", file=sys.stderr)
     return trainer
 

@@ -239,6 +239,18 @@ def token_grid(
     return TokenGrid((depth, height, width), token, tuple(steps) if len(set(steps)) > 1 else (steps[0],), order)
 
 
+def native_spacing(spacing: Sequence[float], shape: Sequence[float]) -> list[float]:
+    """Spacing in mm of an image as a native network is told it: one voxel along an axis is no depth.
+
+    A radiograph that is stored as a volume of one slice has some number there (often 1 mm, for want of another).
+    """
+    single = [axis for axis, size in enumerate(shape) if size == 1]
+    told = [float(value) for value in spacing]
+    if len(single) == 1:
+        told[single[0]] = NO_DEPTH * max(value for axis, value in enumerate(told) if axis != single[0])
+    return told
+
+
 def _steps(spacing: Sequence[float], token: Size3, positions: str) -> tuple[float, float, float]:
     anisotropy = Anisotropy.from_spacing(spacing)
     unit = float(min(spacing[-2:])) if positions == "mm" else 1.0
@@ -247,6 +259,7 @@ def _steps(spacing: Sequence[float], token: Size3, positions: str) -> tuple[floa
 
 
 POSITIONS = ("relative", "index", "mm")
+NO_DEPTH = 999.0  # nnU-Net's depth spacing for 2D images, in pixels
 
 
 def _log2(value: int, name: str) -> int:

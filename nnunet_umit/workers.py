@@ -48,7 +48,7 @@ class ForkingMultiprocessing:
 
 def start_server(imports: list[str]) -> bool:
     """Have a fork server that imports these modules, unless there is one; whether there is one now."""
-    multiprocessing.set_forkserver_preload(imports)
+    multiprocessing.set_forkserver_preload(["nnunet_umit.server_path", *imports])
     try:
         forkserver.ensure_running()
     except OSError as error:  # no sockets or processes to be had; nnU-Net's own way may still work, or says more

@@ -97,6 +97,19 @@ def prepare(nnunet_env: Folders) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def native(nnunet_env: Folders) -> Callable[..., dict[str, Any]]:
+    """Plans of ``3d_native``, and preprocessed cases of the given spacings."""
+    import tiny_training as tiny
+
+    def native(cases: int = 4, spacings: Any = tiny.NATIVE_SPACINGS, **options: Any) -> dict[str, Any]:
+        plans = tiny.make_plans(native=True, **options)
+        tiny.write_preprocessed(nnunet_env.preprocessed, plans, cases=cases, spacings=spacings)
+        return plans
+
+    return native
+
+
+@pytest.fixture
 def pretrained(prepare: Callable[..., dict[str, Any]]) -> tuple[dict[str, Any], Path]:
     """Plans, and a checkpoint of a pre-training that has just begun."""
     import tiny_training as tiny

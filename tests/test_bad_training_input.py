@@ -1,8 +1,10 @@
 """What trainers say about bad images, plans and folders."""
 
 import copy
+import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -124,19 +126,39 @@ def test_missing_folders_and_cases_name_the_remedy(
 ) -> None:
     plans = prepare()
     trainer = tiny.make_trainer(UMITTrainer, plans)
-    (nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres").rename(nnunet_env.preprocessed / "elsewhere")
     command = "nnUNetv2_preprocess -d 902 -plans_name UMITPlans -c 3d_fullres"  # nnU-Net takes no name there
-    with pytest.raises(FileNotFoundError, match=command):
+    fingerprint = nnunet_env.preprocessed / tiny.NAME / "dataset_fingerprint.json"
+    fingerprint.write_text(json.dumps({"shapes_after_crop": [[18, 20, 22]] * 5}))
+    with pytest.raises(FileNotFoundError, match=f"4 of 5 preprocessed cases in .*; run: {command}; if .* --clean"):
+        tiny.make_trainer(UMITTrainer, plans).run_training()
+    fingerprint.write_text(json.dumps({"shapes_after_crop": [[18, 20, 22]] * 4}))
+    tiny.make_trainer(UMITTrainer, plans).initialize()
+    fingerprint.unlink()
+    tiny.make_trainer(UMITTrainer, plans).initialize()
+    (nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres").rename(nnunet_env.preprocessed / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"0 of all preprocessed cases in .*; run: {command}$"):
         trainer.run_training()
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(RuntimeError, match="nnUNet_results is not set"):
         tiny.make_trainer(UMITTrainer, plans)
 
 
-def test_missing_datasets_and_plans_name_the_command(prepare: Callable[..., dict], nnunet_env: Any) -> None:
+def test_missing_datasets_and_plans_name_the_command(
+    prepare: Callable[..., dict], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare()
     require_plans("902", "UMITPlans")
     require_plans(tiny.NAME, "UMITPlans")
+    plans = nnunet_env.preprocessed / tiny.NAME / "UMITPlans.json"
+    shutil.copy(plans, plans.with_name("ACDC24GB.json"))
+    with pytest.raises(ValueError, match="ACDC24GB.json: \"plans_name\" is 'UMITPlans', .* set it to 'ACDC24GB'"):
+        require_plans("902", "ACDC24GB")
+    with pytest.raises(FileNotFoundError, match=r"there are plans ACDC24GB, UMITPlans \(option -p\)"):
+        require_plans("902", "nnUNetPlans")
+    plans.with_name("ACDC24GB.json").write_text("{")
+    with pytest.raises(ValueError, match="ACDC24GB.json is no valid JSON"):
+        require_plans("902", "ACDC24GB")
+    plans.with_name("ACDC24GB.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"there are plans UMITPlans \(option -p\).*-d 902 -pl UMITPlanner"):
         require_plans("902", "UMITPlansB")
     with pytest.raises(FileNotFoundError, match=r"-d 902 -pl UMITPlanner"):
@@ -146,6 +168,11 @@ def test_missing_datasets_and_plans_name_the_command(prepare: Callable[..., dict
         require_plans("902", "UMITPlans")
     with pytest.raises(FileNotFoundError, match="(?s)dataset 77: .*nnUNetv2_plan_and_preprocess -d 77 -pl UMITPlanner"):
         require_plans("77", "UMITPlans")
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(
+        FileNotFoundError, match="(?s)Put it into a folder that nnUNet_raw is set to, then run: .*-d 78 "
+    ):
+        require_plans("78", "UMITPlans")
     with pytest.raises(ValueError, match="'hippocampus' is neither a number nor a name like"):
         require_plans("hippocampus", "UMITPlans")
 

@@ -7,11 +7,13 @@ import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from nnunet_umit import files
 from nnunet_umit.trainers import checkpoint
 from nnunet_umit.trainers.checkpoint import (
     FORMAT,
@@ -39,6 +41,28 @@ def content(epoch: int = 1, **extra: object) -> dict:
         "umit": {"format": FORMAT},
         **extra,
     }
+
+
+def test_a_file_that_windows_keeps_open_is_replaced_a_moment_later(tmp_path: Path, monkeypatch: Any) -> None:
+    part, path = tmp_path / "part", tmp_path / "path"
+    path.write_text("old")
+    waited, rename = [], os.replace
+
+    def refuse(source: object, target: object) -> None:
+        if len(waited) < 3:
+            raise PermissionError(13, "in use")
+        rename(source, target)
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt", replace=refuse))
+    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=waited.append))
+    part.write_text("new")
+    files.replace(part, path)
+    assert path.read_text() == "new" and waited == list(files.DELAYS[:3])
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="posix", replace=refuse))
+    waited.clear()
+    with pytest.raises(PermissionError):
+        files.replace(part, path)
+    assert waited == []
 
 
 def test_numpy_values_are_stored_as_plain_ones(tmp_path: Path) -> None:

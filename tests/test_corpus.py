@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -195,7 +196,30 @@ def test_a_dataset_that_was_imported_again_is_preprocessed_again(
     fewer = dict(list(cases.items())[1:])
     (raw / "dataset.json").write_text(json.dumps(description | {"dataset": fewer}))
     assert raw_has_changed(raw, planned)
-    assert not complete(raw, planned / "UMITCorpusPlans_3d_native"), "a case that is not in the dataset any more"
+    assert not complete(raw, planned / "UMITCorpusPlans_3d_native", raw), "a case that is not in the dataset any more"
+
+
+def test_images_that_were_planned_anew_are_preprocessed_anew(make: Callable[..., Path], nnunet_env: Any) -> None:
+    """``nnUNetv2_plan_and_preprocess --clean`` after an import with another modality leaves the native cases as old."""
+    make(FIRST)
+    planned, raw = nnunet_env.preprocessed / FIRST, nnunet_env.raw / FIRST
+    folder = planned / "UMITPlans_3d_native"
+    assert complete(planned, folder, raw), "without raw images preprocessed ones are enough"
+    names = [file.stem for file in folder.glob("*.pkl")]
+    (raw / "imagesTr").mkdir(parents=True)
+    for name in names:
+        (raw / "imagesTr" / f"{name}_0000.nii.gz").touch()
+    assert complete(planned, folder, raw)
+    (raw / "imagesTr" / "new_0000.nii.gz").touch()
+    assert not complete(planned, folder, raw), "a case that is not preprocessed"
+    (raw / "imagesTr" / "new_0000.nii.gz").unlink()
+    fingerprint = planned / "dataset_fingerprint.json"
+    fingerprint.write_text("{}")
+    newest = max(file.stat().st_mtime for file in folder.iterdir())
+    os.utime(fingerprint, (newest - 60, newest - 60))
+    assert complete(planned, folder, raw)
+    os.utime(fingerprint, (newest + 60, newest + 60))
+    assert not complete(planned, folder, raw), "a fingerprint that is younger than the cases"
 
 
 def test_a_corpus_has_the_size_that_is_asked_for_and_says_how_to_plan_for_it(make: Callable[..., Path]) -> None:
@@ -230,6 +254,8 @@ def test_weights_are_read_and_refused() -> None:
 
 def test_colour_is_told_by_channel_names() -> None:
     assert is_colour({"channel_names": {"0": "R", "1": "G", "2": "B"}})
+    assert is_colour({"channel_names": dict.fromkeys("012", "rgb_to_0_1")})
+    assert not is_colour({"channel_names": {"0": "rgb_to_0_1"}})
     assert is_colour({"channel_names": {"0": "red", "1": "green", "2": "blue"}})
     assert is_colour({"channel_names": {"0": "R", "1": "G", "2": "B", "3": "A"}})
     assert not is_colour({"channel_names": {"0": "T1", "1": "T2", "2": "FLAIR"}})

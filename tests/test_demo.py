@@ -305,6 +305,15 @@ def test_missing_command_names_the_interpreter(monkeypatch, tmp_path):
     assert stock.find_command("nnUNetv2_train") == user / "nnUNetv2_train"
 
 
+def test_without_the_start_up_hook_commands_run_through_umit_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(stock, "mechanism", lambda: stock.START_UP)
+    assert stock.start_of("nnUNetv2_train") == [str(stock.find_command("nnUNetv2_train"))]
+    monkeypatch.setattr(stock, "mechanism", lambda: "register()")
+    commands, _ = runner(tmp_path)
+    with pytest.raises(stock.StockCommandError, match="no command 'nnUNetv2_tran'; did you mean nnUNetv2_train"):
+        commands.run("train", "nnUNetv2_tran", "--anything", environment=os.environ | {"NNUNET_UMIT_NO_HOOK": "1"})
+
+
 def test_environment_of_the_caller_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", "/somewhere/else")
     environment = stock.stock_environment(tmp_path / "r", tmp_path / "p", tmp_path / "m", cores=2)

@@ -90,8 +90,7 @@ def test_version_numbers(text: str, expected: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("found", "state", "words"),
     [
-        ("2.6.4", State.WRONG, "not supported"),
-        ("2.7.0", State.OK, "tested"),
+        ("2.7.0", State.WRONG, "not supported"),
         ("2.8.1", State.OK, "tested"),
         ("2.9.0", State.NOTE, "newer than tested"),
         ("3.0.0", State.WRONG, "not supported"),
@@ -102,6 +101,14 @@ def test_nnunet_version_is_judged(monkeypatch: pytest.MonkeyPatch, found: str, s
     row = by_subject(checks.check_versions())["nnunetv2"]
     assert row.state is state and words in row.finding and found in row.finding
     assert bool(row.fix) == (state is not State.OK)
+
+
+def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = by_subject(checks.check_versions())["torch"]
+    assert row.state is State.OK and not row.fix
+    monkeypatch.setattr("torch.__version__", "2.3.1+cpu")
+    row = by_subject(checks.check_versions())["torch"]
+    assert row.state is State.WRONG and "older than 2.4" in row.finding and row.fix == 'pip install "torch>=2.4"'
 
 
 def test_missing_nnunet_and_broken_torch_are_findings_not_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +165,17 @@ def test_folders_set_missing_unset_and_full(nnunet_env: Folders, monkeypatch: py
     rows = by_subject(checks.check_folders())
     assert rows["nnUNet_raw"].state is State.WRONG and rows["nnUNet_raw"].fix.startswith("export nnUNet_raw=")
     assert rows["nnUNet_results"].fix == f"mkdir -p {nnunet_env.results}"
+
+
+def test_lines_to_be_copied_survive_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "my project"
+    monkeypatch.setenv("nnUNet_raw", str(folder))
+    assert by_subject(checks.check_folders())["nnUNet_raw"].fix == f"mkdir -p '{folder}'"
+    assert checks.set_line("nnUNet_raw", "/a b") == "export nnUNet_raw='/a b'"
+    with monkeypatch.context() as patch:  # pytest itself makes paths
+        patch.setattr(checks.os, "name", "nt")
+        line = checks.set_line("nnUNet_raw", "C:\\a b")
+    assert line == 'set "nnUNet_raw=C:\\a b"'
 
 
 def test_unwritable_folder(nnunet_env: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import logging
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +210,50 @@ def test_every_problem_of_a_dataset_is_listed(dataset: Path, noise: np.ndarray) 
     assert "label value 5 in" in text and "differs from image shape" in text
     assert "c.nii.gz: no such file" in text
     assert "d_0000.nii.gz: the file is empty" in text
+
+
+def test_names_without_the_number_of_a_channel_are_told(dataset: Path) -> None:
+    """nnU-Net cuts the ending and five characters off whatever has the ending, and finds no image of that name."""
+    shutil.copy(dataset / "imagesTr" / "a_0000.nii.gz", dataset / "imagesTr" / "template.nii.gz")
+    (problem,) = check_dataset(dataset)
+    assert (
+        "1 names without the number of a channel: template.nii.gz" in problem.reason and "_0000.nii.gz" in problem.fix
+    )
+    for case in ("a", "b"):
+        (dataset / "imagesTr" / f"{case}_0001.nii.gz").unlink()
+        (dataset / "imagesTr" / f"{case}_0000.nii.gz").rename(dataset / "imagesTr" / f"{case}.nii.gz")
+    (problem,) = check_dataset(dataset)
+    assert "3 names without the number of a channel: a.nii.gz, b.nii.gz, template.nii.gz" in problem.reason
+
+
+def test_channels_and_labels_that_do_not_lie_on_their_image(dataset: Path, noise: np.ndarray) -> None:
+    _write(dataset / "imagesTr" / "a_0001.nii.gz", noise[:-2], (2.0, 1.0, 1.0))
+    turned = nibabel.Nifti1Image((noise > 110).astype(np.uint8), np.diag([-1.0, 1, 1, 1]))
+    nibabel.save(turned, dataset / "labelsTr" / "b.nii.gz")
+    grids, direction = check_dataset(dataset)
+    assert "case a lie on different grids: 16 x 18 x 20 voxels of 1 x 1 x 1 mm, 16 x 18 x 18 voxels" in grids.reason
+    assert "Resample all channels" in grids.fix
+    assert "label direction 1 0 0 0 -1 0 0 0 1 differs from image direction -1 0 0 0 -1 0 0 0 1" in direction.reason
+
+
+def test_a_label_has_one_channel_and_an_image_as_many_as_declared(dataset: Path) -> None:
+    case = {"images": ["a_0000.png"], "label": "a.png"}
+    declared = json.loads((dataset / "dataset.json").read_text())
+
+    class Reader:
+        def read_images(self, files: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+            return np.arange(4 * 1 * 8 * 8).reshape(4, 1, 8, 8), {"spacing": [999, 1, 1]}
+
+        def read_seg(self, file: str) -> tuple[np.ndarray, dict[str, Any]]:
+            return np.zeros((len(self.label), 1, 8, 8)), {"spacing": [999, 1, 1]}
+
+    reader = Reader()
+    reader.label = "r"
+    (problem,) = integrity._case_problems("a", case, declared, reader)
+    assert problem.reason == "4 channels, dataset.json declares 2 (T1, T2)" and problem.path == "a_0000.png"
+    reader.label = "rgb"
+    (problem,) = integrity._case_problems("a", case, declared, reader)
+    assert "3 channels; a label has one" in problem.reason and problem.path == "a.png"
 
 
 def test_missing_folder_and_broken_dataset_json(tmp_path: Path) -> None:

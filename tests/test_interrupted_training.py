@@ -115,6 +115,29 @@ def test_a_former_training_is_moved_aside(prepare: Callable[..., dict]) -> None:
     assert names == {"old_checkpoint_final.pth", "old_checkpoint_best.pth", checkpoints.LATEST}
 
 
+def test_what_a_former_training_validated_is_not_scored_again(prepare: Callable[..., dict]) -> None:
+    """nnU-Net averages every file in the folder, of whichever model and fold."""
+    plans = prepare()
+    for trainer_class in (UMITTrainer, UMITPretrainTrainer):
+        trainer = tiny.make_trainer(trainer_class, plans)
+        folder = folder_of(trainer)
+        for number in range(2):
+            (folder / "validation").mkdir()
+            for name in ("case_009.nii.gz", "case_009.npz"):
+                (folder / "validation" / name).write_text(str(number))
+            (folder / "encoder.safetensors").write_bytes(b"of another training")
+            kill_at(trainer, 0)
+            with pytest.raises(Killed):
+                trainer.run_training()
+            assert not (folder / "validation").exists() and not (folder / "encoder.safetensors").exists()
+            trainer = tiny.make_trainer(trainer_class, plans)
+        assert [(folder / name / "case_009.npz").read_text() for name in ("old_validation", "old_validation_2")] == [
+            "0",
+            "1",
+        ]
+        assert (folder / "old_encoder.safetensors").is_file() and (folder / "old_encoder_2.safetensors").is_file()
+
+
 def test_starting_again_and_again_loses_no_epoch_and_no_model(prepare: Callable[..., dict]) -> None:
     """A job without --c on a machine that takes it away: hours, then minutes, must not leave minutes."""
     plans = prepare(finetune={"epochs": 4})

@@ -46,6 +46,15 @@ def test_labels_are_read_in_the_axes_of_the_plans_and_only_some() -> None:
     assert module.CASES // 2 < len(Reader.read) == len(found.extents) <= module.CASES
 
 
+def test_a_label_of_one_slice_reaches_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its header says of a thickness: the thick axis is the one that has no depth."""
+    label = np.zeros((1, 300, 400), np.uint8)
+    label[:, :290, :100] = 1
+    monkeypatch.setattr(Reader, "read_seg", lambda self, file: (label[None], {"spacing": [1.0, 1.5, 1.5]}))
+    found = read_foreground({"a": {"label": "a"}}, {"background": 0, "one": 1}, Reader, (0, 1, 2))
+    assert found.native_reach((1.5, 1.5)) == found.reach((1.5, 1.5)) == (580.0, 200.0)
+
+
 def test_empty_and_ignored_labels_reach_nowhere() -> None:
     ignored = np.full((4, 4, 4), 3, np.uint8)
     found = read_foreground({"a": {"label": ignored}}, {"background": 0, "one": 1, "ignore": 3}, Reader, (0, 1, 2))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -81,9 +83,16 @@ def test_models_that_cannot_exist_are_left_out_of_a_comparison(
         ["UMITTrainer", "nnUNetTrainer"], ["3d_fullres"], ["UMITPlans", "nnUNetPlans"]
     )
     assert len(pairs) == 4
+    refused = results / "Dataset901_Balls" / "UMITTrainer__nnUNetPlans__3d_fullres" / "fold_0"
+    refused.mkdir(parents=True)  # a trainer makes its folder before it is refused
     kept = module.filter_available_models(pairs, "Dataset901_Balls")
     assert [dict(model) for model in kept] == [ours, stock]
     assert "UMITTrainer was not trained with nnUNetPlans; left out" in capsys.readouterr().out
+    (refused / "validation").mkdir()
+    (refused / "validation" / "summary.json").touch()
+    kept = module.filter_available_models(pairs, "Dataset901_Balls")
+    assert {"trainer": "UMITTrainer", "plans": "nnUNetPlans", "configuration": "3d_fullres"} in map(dict, kept)
+    shutil.rmtree(refused.parent)
     own = '{"plans_name": "Mine", "configurations": {"3d_fullres": {"umit": {}}}}'  # -overwrite_plans_name Mine
     (dataset / "Mine.json").write_text(own)
     mine = {"trainer": "UMITTrainer", "plans": "Mine", "configuration": "3d_fullres"}
@@ -101,18 +110,25 @@ def test_models_that_cannot_exist_are_left_out_of_a_comparison(
     ("nnUNetTrainer", False, True), ("UMITTrainer", False, False), ("nnUNetTrainer", True, True),
 ])  # fmt: skip
 def test_a_forgotten_trainer_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trainer: str, native: bool, told: bool
+    nnunet_env: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trainer: str,
+    native: bool,
+    told: bool,
 ) -> None:
     """`-p UMITPlans` without `-tr UMITTrainer` trains our network with nnU-Net's SGD."""
     monkeypatch.setattr("nnunet_umit.trainers.requirements.require_plans", lambda dataset, plans: None)
     configuration = {"umit": {}, "architecture": {"arch_kwargs": {"native": native}}}
     made = SimpleNamespace(configuration_manager=SimpleNamespace(configuration=configuration))
-    arguments = ("4", "3d_native" if native else "3d_fullres", 0, trainer, "UMITPlans")
+    dataset = nnunet_env.preprocessed / "Dataset004_Hippocampus"
+    dataset.mkdir()
+    planned = {"3d_fullres": configuration, "3d_native": configuration, "mine": {"inherits_from": "3d_native"}}
+    (dataset / "UMITPlans.json").write_text(json.dumps({"configurations": planned}))
+    arguments = ("4", "mine" if native else "3d_fullres", 0, trainer, "UMITPlans")
     if native:
-        with pytest.raises(
-            RuntimeError, match="cannot train 3d_native, where every image has its own spacing; use -tr"
-        ):
-            registration._get_trainer(lambda *given: made, *arguments)
+        with pytest.raises(RuntimeError, match="cannot train mine, where every image has its own spacing; use -tr"):
+            registration._get_trainer(lambda *given: pytest.fail("its folder would be there now"), *arguments)
         return
     assert registration._get_trainer(lambda *given: made, *arguments) is made
     assert ("Did you mean -tr UMITTrainer?" in capsys.readouterr().err) == told

@@ -162,6 +162,15 @@ def test_thick_slices_last_are_transposed_to_the_front(invent: Callable[..., str
 
 
 @pytest.mark.usefixtures("cheap_memory")
+def test_slices_that_were_stored_one_by_one_are_2d_whatever_their_thickness(invent: Callable[..., str]) -> None:
+    plans = UMITPlanner(invent((1, 280, 235), (1.0, 1.5, 1.6))).plan_experiment()
+    assert plans["transpose_forward"] == [0, 1, 2] and list(plans["configurations"]) == ["2d", "3d_native"]
+    assert plans["configurations"]["2d"]["spacing"] == [1.5, 1.6]
+    native = plans["configurations"]["3d_native"]
+    assert native["patch_size"] == [1, *plans["configurations"]["2d"]["patch_size"]]
+
+
+@pytest.mark.usefixtures("cheap_memory")
 def test_labels_decide_what_is_mirrored_and_how_far_a_patch_reaches(
     invent: Callable[..., str], nnunet_env: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

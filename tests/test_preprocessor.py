@@ -13,6 +13,7 @@ import pytest
 import synthetic
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_umit.architectures.native import bucket
 from nnunet_umit.plans.integrity import BadImageError
 from nnunet_umit.plans.preprocessor import UMITNativePreprocessor, UMITPreprocessor
 
@@ -61,6 +62,16 @@ def test_preprocessor_checks_arrays_at_prediction() -> None:
         )
 
 
+def test_a_case_with_too_many_channels_is_named() -> None:
+    """A PNG with opacity among others without, say."""
+    plans, dataset_json = _small_plans()
+    image = np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32)
+    with pytest.raises(BadImageError, match=r"without a file name: 2 channels, dataset.json declares 1 \(MRI\)"):
+        UMITPreprocessor(verbose=False).run_case_npy(
+            image, None, {"spacing": [1, 1, 1]}, plans, plans.get_configuration("3d_fullres"), dataset_json
+        )
+
+
 def test_a_black_image_among_those_to_be_predicted_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     plans, dataset_json = _small_plans()
     configuration, black = plans.get_configuration("3d_fullres"), np.zeros((1, 8, 8, 8), np.float32)
@@ -82,6 +93,20 @@ def test_native_preprocessor_keeps_the_grid_and_appends_the_spacing(make_dataset
     assert image.shape == (4, 10, 16, 18) and label.shape == (1, 10, 16, 18)
     assert [np.unique(channel).tolist() for channel in image[1:]] == [[3.0], [0.5], [1.0]]
     assert abs(float(image[0].mean())) < 1e-3 and float(image[0].std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_volume_of_one_slice_has_no_depth(make_dataset: Callable[..., Path]) -> None:
+    plans, dataset_json = _small_plans()
+    configuration = plans.plans["configurations"]["3d_fullres"]
+    configuration |= {"resampling_fn_data": "no_resampling_hack", "resampling_fn_data_kwargs": {}}
+    plans.plans["transpose_forward"] = [2, 0, 1]
+    image = np.random.default_rng(0).normal(size=(1, 16, 18, 1)).astype(np.float32)
+    made = PlansManager(plans.plans).get_configuration("3d_fullres")
+    properties = {"spacing": [0.5, 0.25, 1.0]}
+    told, _, _ = UMITNativePreprocessor(verbose=False).run_case_npy(image, None, properties, plans, made, dataset_json)
+    assert told.shape == (4, 1, 16, 18) and [np.unique(each).tolist() for each in told[1:]] == [[499.5], [0.5], [0.25]]
+    assert bucket(told[1:, 0, 0, 0].tolist()) == (0, 5, True)
+    assert properties["spacing"] == [0.5, 0.25, 1.0], "what the prediction is written with"
 
 
 def _small_plans() -> tuple[PlansManager, dict[str, Any]]:
@@ -106,7 +131,10 @@ def _small_plans() -> tuple[PlansManager, dict[str, Any]]:
         "foreground_intensity_properties_per_channel": {"0": {}},
         "configurations": {"3d_fullres": configuration},
     }
-    return PlansManager(plans), {"labels": {"background": 0, "ball": 1, "box": 2}}
+    return PlansManager(plans), {
+        "labels": {"background": 0, "ball": 1, "box": 2},
+        "channel_names": {"0": "MRI"},
+    }
 
 
 @pytest.mark.end_to_end

@@ -35,8 +35,7 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter with the start-up hook switched off, unless the environment given says not."""
     settings = {name: value for name, value in os.environ.items() if name not in (registration.NO_HOOK, "PYTHONPATH")}
-    unused = {f"nnUNet_{part}": "unused" for part in ("raw", "preprocessed", "results")}  # or nnU-Net 2.7 prints
-    settings = {**unused, **settings, registration.NO_HOOK: "1", **environment}
+    settings = {**settings, registration.NO_HOOK: "1", **environment}
     return subprocess.run(
         [sys.executable, *flags, "-c", textwrap.dedent(code)],
         capture_output=True,

@@ -100,6 +100,9 @@ def test_the_tokenizer_of_the_plans_is_read_at_the_beginning_only(prepare: Calla
     plans["configurations"]["3d_fullres"]["umit"]["pretrain"]["tokenizer"] = str(source)
     trainer = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans, resume=True)  # --c in an empty folder
     trainer.run_training()
+    trainer.perform_actual_validation()
+    card = json.loads((folder_of(trainer) / "card.json").read_text())
+    assert card["pretrain"]["tokenizer"] == "checkpoint_final.pth", "no path of this machine: the card is published"
     source.unlink()
     validating = tiny.make_trainer(UMITSoftTokenPretrainTrainer, plans)  # --val
     validating.load_checkpoint(str(folder_of(trainer) / "checkpoint_final.pth"))
@@ -113,6 +116,11 @@ def test_what_is_explained_is_held_against_the_codes_of_all_passes(prepare: Call
     figures = trainer.summarise([each | {"usage": [1.0, 0.0, 0.0]}, each | {"usage": [0.0, 1.0, 0.0]}])
     assert figures["information_explained"] == pytest.approx((math.log(2) - 0.3) / (math.log(2) - 0.1))
     assert figures["kl_divergence"] == pytest.approx(0.2)
+    many, few = each | {"tokens": 9, "usage": [1.0, 0.0]}, each | {"tokens": 1, "usage": [0.0, 1.0]}
+    knows = [
+        one | {"loss": loss, "cross-entropy": loss} for one, loss in ((many, -math.log(0.9)), (few, -math.log(0.1)))
+    ]
+    assert trainer.summarise(knows)["information_explained"] == pytest.approx(0), "one who knows how often each occurs"
 
 
 def test_without_a_tokenizer_nothing_begins(prepare: Callable[..., dict]) -> None:

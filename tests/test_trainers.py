@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tiny_training import GEOMETRIES, Killed, curves, equal, folder_of, kill_at, log_of, weights
 
 from nnunet_umit.architectures.transfer import load_state
-from nnunet_umit.trainers import base
+from nnunet_umit.trainers import base, selfsupervised
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.checkpoint import read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer
@@ -95,6 +97,46 @@ def test_pretrain_then_finetune(prepare: Callable[..., dict], geometry: str) -> 
     stored = read_checkpoint(folder_of(trainer) / checkpoints.FINAL)
     assert stored["umit"]["transfer"]["fraction"] == 1.0
     assert "100.0 % of the encoder" in log_of(trainer)
+
+
+def test_final_figures_do_not_depend_on_the_batch(prepare: Callable[..., dict]) -> None:
+    """Neither through the masks nor through passes of unequal size."""
+    plans, rows = prepare(), []
+    for batch in (1, 2, 3):
+        trainer = tiny.make_trainer(UMITPretrainTrainer, plans)
+        trainer.initialize()
+        trainer.network.eval()
+        trainer.batch_size = batch
+        _, dataset = trainer.get_tr_and_val_datasets()
+        outputs = trainer._score(dataset, dataset.identifiers[0])
+        rows.append((len(outputs), trainer.summarise(outputs)["masked_loss"]))
+    assert [passes for passes, _ in rows] == [4, 2, 4]
+    assert [loss for _, loss in rows[1:]] == pytest.approx([rows[0][1]] * 2, rel=1e-5)
+
+
+def test_names_that_no_log_can_hold_are_escaped(prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of a file that is no text has surrogates, which UTF-8 does not write."""
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", "caf\udce9/\u0141.pth"])
+    trainer = tiny.make_trainer(UMITTrainer, prepare())
+    assert "caf\\udce9/\u0141.pth" in log_of(trainer)
+    monkeypatch.setattr(base.locale, "getpreferredencoding", lambda do_setlocale: "cp1252")
+    assert base.printable("\u0141 \xe9") == "\\u0141 \xe9"
+
+
+def test_a_picture_that_cannot_be_written_ends_no_training(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(shown: Any, path: Path, title: str) -> None:
+        raise PermissionError(13, "in use", str(path))
+
+    monkeypatch.setattr(base, "draw_progress", refuse)
+    monkeypatch.setattr(selfsupervised, "draw_reconstructions", refuse)
+    trainer = tiny.make_trainer(UMITPretrainTrainer, prepare())
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert trainer.current_epoch == 2 and (folder_of(trainer) / "encoder.safetensors").is_file()
+    for name in ("progress", "reconstructions"):
+        assert re.search(rf"a picture was not drawn \(\[Errno 13\] in use: .*{name}.png", log_of(trainer))
 
 
 def test_checkpoint_holds_what_nnunet_reads_and_plain_values_only(prepare: Callable[..., dict]) -> None:

@@ -57,6 +57,17 @@ def test_workers_come_from_a_server_that_has_imported_what_the_command_has(tmp_p
 
 
 @linux
+def test_the_server_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    """``colorsys`` stands for any module that torch or nnU-Net import."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('not the one of the standard library')\n")
+    (tmp_path / "program" / "program.py").write_text(PROGRAM, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "program" / "program.py")]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
+    assert ended.stdout.strip() == "as it should be", ended.stderr
+
+
+@linux
 def test_without_a_server_workers_are_spawned_as_ever(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

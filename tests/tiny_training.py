@@ -17,6 +17,7 @@ from nnunet_umit.spacing import Anisotropy
 
 NAME = "Dataset902_Tiny"
 PLANS = "UMITPlans"
+NATIVE_SPACINGS = ((1.0, 1.0, 1.0), (4.0, 1.0, 1.0), (5.0, 0.8, 0.8), (1.0, 1.1, 4.5))
 
 
 def make_plans(
@@ -116,6 +117,7 @@ def write_preprocessed(
     name, configuration = next(iter(plans["configurations"].items()))
     target = base / configuration["data_identifier"]
     target.mkdir(parents=True)
+    (base / "dataset_fingerprint.json").write_text("{}")
     spacing = configuration["spacing"]
     if len(spacing) == 2:
         spacing = [999.0, *spacing]
@@ -148,7 +150,6 @@ def write_preprocessed(
         )
     description = dataset_json(channels, cases)
     (base / "dataset.json").write_text(json.dumps(description))
-    (base / "dataset_fingerprint.json").write_text("{}")
     (base / f"{plans['plans_name']}.json").write_text(json.dumps(plans))
     return target
 

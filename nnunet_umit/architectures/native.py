@@ -3,7 +3,8 @@
 nnU-Net hands a network nothing but a tensor, in training as in prediction. So the preprocessor of ``3d_native`` appends
 the spacing of every case, in mm and in axis order, as channels that are constant over the image. nnU-Net pads with
 zeros, so the same channels tell where the image ends. A :class:`NativeView` reads them: it crops the padding away,
-turns the thickest axis to the front (where SAC expects it), and puts logits back afterwards. Weights and positions turn
+turns the thickest axis to the front (where SAC expects it), and puts logits back afterwards. It crops to the box that
+holds all images of a batch, so a smaller image among larger ones keeps some padding. Weights and positions turn
 by the view's ``order`` as well, so anatomy keeps its orientation, whichever axis is thick.
 
 Shape legend: B batch, C channels, D H W voxels, K classes.
@@ -65,8 +66,8 @@ def append_spacing(image: Tensor, spacing: Sequence[float], inside: Tensor | Non
 
 @dataclass(frozen=True)
 class NativeView:
-    """A batch as the network wants it: ``image`` (B, C, d, h, w) without padding, depth first; ``spacings`` in mm;
-    ``order``, which axes of the batch depth, height and width were; and what :meth:`restore` needs."""
+    """A batch as the network wants it: ``image`` (B, C, d, h, w) cropped to where any sample is, depth first;
+    ``spacings`` in mm; ``order``, which axes of the batch depth, height and width were; what :meth:`restore` needs."""
 
     image: Tensor
     spacings: tuple[tuple[float, ...], ...]

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nnunet_umit.files import replace
+
 MINIMUM_FRACTION = 0.9
 ENCODER_FILE = "encoder.safetensors"
 CARD_FILE = "card.json"
@@ -229,7 +231,7 @@ def _replace(file: Path, write: Any) -> None:
     part = file.with_name(f".{file.name}.part")
     try:
         write(str(part))
-        os.replace(part, file)
+        replace(part, file)
     finally:
         part.unlink(missing_ok=True)
 

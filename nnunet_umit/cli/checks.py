@@ -5,6 +5,7 @@ Each check returns :class:`Check` rows, each with a fix where something is wrong
 
 import os
 import re
+import shlex
 import shutil
 import site
 import sys
@@ -19,13 +20,15 @@ from pathlib import Path
 import nnunet_umit
 from nnunet_umit import registration
 
-TESTED_NNUNET = ("2.7.0", "2.8.1")  # lower and upper edge; pyproject.toml allows >=2.7,<3
+TESTED_NNUNET = "2.8.1"  # pyproject.toml allows it and what follows, but for 3
+LOWEST_TORCH = "2.4"  # pyproject.toml
 LOW_SPACE_GIB = 10.0  # below it a preprocessed data set or a few checkpoints may not fit
 FOLDERS = {  # variable -> whether nnU-Net writes there
     "nnUNet_raw": False,
     "nnUNet_preprocessed": True,
     "nnUNet_results": True,
 }
+NNUNET = f'pip install "nnunetv2>={TESTED_NNUNET},<3"'
 REPORT = "report this with the output of `umit doctor` and of `pip list`"
 
 
@@ -54,7 +57,12 @@ def shim_folder() -> Path:
 
 def shim_line() -> str:
     """The shell line that makes nnU-Net's training and prediction find UMIT trainers without the hook."""
-    return f"export nnUNet_extTrainer={shim_folder()}"
+    return set_line("nnUNet_extTrainer", str(shim_folder()))
+
+
+def set_line(name: str, value: str) -> str:
+    """The line for a shell that sets an environment variable, whatever characters the value has."""
+    return f'set "{name}={value}"' if os.name == "nt" else f"export {name}={shlex.quote(value)}"
 
 
 def numbers(text: str) -> tuple[int, int, int]:
@@ -88,17 +96,15 @@ def check_versions() -> list[Check]:
 
 
 def _check_nnunet() -> Check:
-    pin = 'pip install "nnunetv2>=2.7,<3"'
     try:
         found = version("nnunetv2")
     except PackageNotFoundError:
-        return Check(subject="nnunetv2", state=State.WRONG, finding="not installed", fix=pin)
-    lowest, highest = TESTED_NNUNET
-    finding = f"{found} (tested: {lowest} to {highest})"
-    if not numbers(lowest) <= numbers(found) < (3, 0, 0):
-        return Check(subject="nnunetv2", state=State.WRONG, finding=f"{finding}, not supported", fix=pin)
-    if numbers(found) > numbers(highest):
-        fix = f'if something fails: pip install "nnunetv2=={highest}"'
+        return Check(subject="nnunetv2", state=State.WRONG, finding="not installed", fix=NNUNET)
+    finding = f"{found} (tested: {TESTED_NNUNET})"
+    if not numbers(TESTED_NNUNET) <= numbers(found) < (3, 0, 0):
+        return Check(subject="nnunetv2", state=State.WRONG, finding=f"{finding}, not supported", fix=NNUNET)
+    if numbers(found) > numbers(TESTED_NNUNET):
+        fix = f'if something fails: pip install "nnunetv2=={TESTED_NNUNET}"'
         return Check(subject="nnunetv2", state=State.NOTE, finding=f"{finding}, newer than tested", fix=fix)
     return Check(subject="nnunetv2", state=State.OK, finding=finding)
 
@@ -113,7 +119,11 @@ def _check_torch() -> Check:
     except Exception as error:  # a broken torch raises anything, from OSError to RuntimeError
         fix = "install torch for your system, see https://pytorch.org/get-started/locally"
         return Check(subject="torch", state=State.WRONG, finding=_one_line(error), fix=fix)
-    return Check(subject="torch", state=State.OK, finding=f"{torch.__version__}, {device}")
+    finding = f"{torch.__version__}, {device}"
+    if numbers(torch.__version__) < numbers(LOWEST_TORCH):
+        fix = f'pip install "torch>={LOWEST_TORCH}"'
+        return Check(subject="torch", state=State.WRONG, finding=f"{finding}, older than {LOWEST_TORCH}", fix=fix)
+    return Check(subject="torch", state=State.OK, finding=finding)
 
 
 def check_hook() -> list[Check]:
@@ -170,11 +180,12 @@ def check_folders() -> list[Check]:
 def _check_folder(variable: str, written: bool) -> Check:
     value = os.environ.get(variable)
     if not value:
-        fix = f"export {variable}=/path/to/{variable}"
+        fix = set_line(variable, f"/path/to/{variable}")
         return Check(subject=variable, state=State.WRONG, finding="not set", fix=fix)
     folder = Path(value)
     if not folder.is_dir():
-        return Check(subject=variable, state=State.WRONG, finding=f"{folder} does not exist", fix=f"mkdir -p {folder}")
+        fix = f'mkdir "{folder}"' if os.name == "nt" else f"mkdir -p {shlex.quote(value)}"
+        return Check(subject=variable, state=State.WRONG, finding=f"{folder} does not exist", fix=fix)
     free = shutil.disk_usage(folder).free / 2**30
     finding = f"{folder}, {free:.1f} GiB free"
     if not written:
@@ -183,7 +194,7 @@ def _check_folder(variable: str, written: bool) -> Check:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        fix = f"chmod u+w {folder}, or set {variable} to a folder of your own"
+        fix = f"chmod u+w {shlex.quote(value)}, or set {variable} to a folder of your own"
         return Check(
             subject=variable, state=State.WRONG, finding=f"cannot write to {folder}: {error.strerror}", fix=fix
         )
@@ -200,14 +211,14 @@ def check_names() -> list[Check]:
         from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
     except Exception as error:
         finding = f"nnU-Net cannot be imported: {_one_line(error)}"
-        return [Check(subject="names", state=State.WRONG, finding=finding, fix='pip install "nnunetv2>=2.7,<3"')]
+        return [Check(subject="names", state=State.WRONG, finding=finding, fix=NNUNET)]
     rows = []
     for package, name in registration.REGISTRY:
         folder = os.path.join(nnunetv2.__path__[0], *package.split(".")[1:])
         try:
             found = find(folder, name, package)
         except Exception as error:
-            fix = f"python -c 'import {registration.REGISTRY[package, name]}' shows where it fails"
+            fix = f'python -c "import {registration.REGISTRY[package, name]}" shows where it fails'
             rows.append(Check(subject=name, state=State.WRONG, finding=_one_line(error), fix=fix))
         else:
             rows.append(_check_found(name, found))

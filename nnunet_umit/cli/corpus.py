@@ -160,7 +160,7 @@ def native_folder(dataset: str, raw: Path, preprocessed: Path, processes: int, c
     changed = raw_has_changed(raw / dataset, preprocessed / dataset)
     for plans in () if changed else (SOURCE_PLANS, "UMITPlans"):  # ours first: made when the raw data had changed
         folder = preprocessed / dataset / f"{plans}_{NATIVE}"
-        if complete(preprocessed / dataset, folder):
+        if complete(preprocessed / dataset, folder, raw / dataset):
             return folder
     from nnunet_umit.cli.stock import StockRunner
 
@@ -174,21 +174,27 @@ def native_folder(dataset: str, raw: Path, preprocessed: Path, processes: int, c
         environment=dict(os.environ),
     )
     folder = preprocessed / dataset / f"{SOURCE_PLANS}_{NATIVE}"
-    if not complete(preprocessed / dataset, folder):
+    if not complete(preprocessed / dataset, folder, raw / dataset):
         raise RuntimeError(f"{folder} does not hold all cases after preprocessing; see umit_corpus_logs beside it")
     return folder
 
 
-def complete(dataset: Path, folder: Path) -> bool:
-    """Whether all training cases of the dataset were preprocessed into a folder, and no other where it lists them."""
+def complete(dataset: Path, folder: Path, raw: Path) -> bool:
+    """Whether the training cases of a preprocessed dataset, and no others where they are known, are in a folder, and
+    were made with its present fingerprint: planning with ``--clean`` takes another one of images that have changed."""
+    from nnunet_umit.plans.integrity import training_cases
+
     file = dataset / "dataset.json"
     if not file.is_file() or not folder.is_dir():
         return False
     content = json.loads(file.read_text(encoding="utf-8"))
     images = {each.stem for each in folder.glob("*.b2nd") if not each.stem.endswith("_seg")}
     done = images & {each.stem for each in folder.glob("*.pkl")}
-    if "dataset" in content:
-        return done == set(content["dataset"])
+    if (raw / "imagesTr").is_dir() or "dataset" in content:
+        oldest = min((each.stat().st_mtime for each in folder.glob("*.pkl")), default=0.0)
+        fingerprint = dataset / "dataset_fingerprint.json"
+        current = not raw.is_dir() or not fingerprint.is_file() or fingerprint.stat().st_mtime <= oldest
+        return current and done == set(content.get("dataset") or training_cases(raw, content))
     return len(done) >= int(content["numTraining"]) > 0
 
 

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nnunet_umit.cli.checks import set_line
+
 if TYPE_CHECKING:
     from nnunet_umit.importing.run import Outcome, Request
 
@@ -178,7 +180,7 @@ def _next(console: Console, request: "Request", outcome: "Outcome") -> None:
     stale = preprocessed is not None and Path(preprocessed, request.name).exists()
     console.print("Next:")
     if os.environ.get("nnUNet_raw") != str(request.raw):
-        console.print(f"  export nnUNet_raw={escape(str(request.raw.resolve()))}", soft_wrap=True)
+        console.print(f"  {escape(set_line('nnUNet_raw', str(request.raw.resolve())))}", soft_wrap=True)
     console.print(f"  nnUNetv2_plan_and_preprocess -d {number} -pl UMITPlanner{' --clean' if stale else ''}")
     console.print(f"  nnUNetv2_train {number} {configuration} all -tr UMITPretrainTrainer -p UMITPlans")
 

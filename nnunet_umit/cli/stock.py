@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from nnunet_umit.registration import START_UP, mechanism
+
 TAIL_LINES = 15
 _EPOCH = re.compile(r"\bEpoch (\d+)\b")
 _TIME_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?:\s*")
@@ -57,6 +59,18 @@ def find_command(name: str) -> Path:
         f"{name} is not installed next to {sys.executable} (looked in {', '.join(map(str, dict.fromkeys(folders)))}). "
         f'Install nnU-Net there: "{sys.executable}" -m pip install nnunetv2'
     )
+
+
+def start_of(command: str) -> list[str]:
+    """The first words of a stock command: its console script, or ``umit run`` where no start-up file tells it of UMIT
+    (``NNUNET_UMIT_NO_HOOK``, ``pip install --target``).
+
+    Raises:
+        StockCommandError: as :func:`find_command`.
+    """
+    if mechanism() == START_UP:
+        return [str(find_command(command))]
+    return [sys.executable, "-m", "nnunet_umit.cli.app", "run", command]
 
 
 def stock_environment(raw: Path, preprocessed: Path, results: Path, *, cores: int | None = None) -> dict[str, str]:
@@ -120,7 +134,7 @@ class StockRunner:
         Raises:
             StockCommandError: When the command is missing or ends with an error.
         """
-        words = [str(find_command(command)), *map(str, arguments)]
+        words = [*start_of(command), *map(str, arguments)]
         shown = " ".join([command, *map(str, arguments)])
         log = self.log_folder / f"{len(self.steps) + 1:02d}_{command}.log"
         tail: deque[str] = deque(maxlen=TAIL_LINES)

@@ -38,10 +38,14 @@ def train(
     if not on_cpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("gloo" if on_cpu else "nccl")
+    failed = True
     try:
         run_training_entry()
+        failed = False
     finally:
         # The trainer sits in reference cycles and holds the group through DDP's wrapper. A group that outlives this
-        # keeps its threads (gloo), and one that needs the interpreter while that shuts down aborts the process.
-        gc.collect()
-        distributed.destroy_process_group()
+        # keeps its threads (gloo), and one that needs the interpreter while that shuts down aborts the process. But
+        # nccl may wait for all ranks here, and after an error they wait elsewhere: then the error must come out first.
+        if on_cpu or not failed:
+            gc.collect()
+            distributed.destroy_process_group()

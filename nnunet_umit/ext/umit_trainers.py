@@ -1,4 +1,4 @@
-"""UMIT trainers for nnU-Net's own extension variable, where the start-up hook cannot work (nnU-Net >= 2.8).
+"""UMIT trainers for nnU-Net's own extension variable, where the start-up hook cannot work.
 
 ``export nnUNet_extTrainer=<folder of this file>``; ``umit doctor`` prints the line. nnU-Net forgets every module it
 imports from such a folder, so nothing is defined here: the classes come from the installed package, and their identity

@@ -20,6 +20,23 @@ def planned_here(plans: str, dataset: int | str) -> bool:
     return any("umit" in configuration for configuration in configurations.values())
 
 
+def is_native(plans: str, dataset: int | str, configuration: str) -> bool:
+    """Whether the images of a configuration have their own spacing each, which only UMIT trainers can be told of."""
+    try:
+        file = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(dataset) / f"{plans}.json"
+        configurations = json.loads(file.read_text(encoding="utf-8"))["configurations"]
+    except (OSError, RuntimeError, ValueError, KeyError):  # no such dataset or plans, which nnU-Net says itself
+        return False
+    seen = set[str]()
+    while configuration in configurations and configuration not in seen:
+        seen.add(configuration)
+        planned = configurations[configuration]
+        if "architecture" in planned:
+            return bool(planned["architecture"].get("arch_kwargs", {}).get("native"))
+        configuration = planned.get("inherits_from", "")
+    return False
+
+
 def trained_pairs(models: Sequence[dict[str, str]], dataset: int | str) -> list[dict[str, str]]:
     """Leave out pairs of a UMIT trainer with other plans, or another trainer with UMIT plans, that were not trained.
 
@@ -33,8 +50,8 @@ def trained_pairs(models: Sequence[dict[str, str]], dataset: int | str) -> list[
     kept = []
     for model in models:
         mixed = model["trainer"].startswith("UMIT") != planned_here(model["plans"], dataset)
-        folder = get_output_folder(dataset, model["trainer"], model["plans"], model["configuration"], fold=None)
-        if mixed and not Path(folder).is_dir():
+        folder = Path(get_output_folder(dataset, model["trainer"], model["plans"], model["configuration"], fold=None))
+        if mixed and not any(folder.glob("fold_*/validation/summary.json")):  # a folder is made before anything fails
             print(f"nnunet-umit: {model['trainer']} was not trained with {model['plans']}; left out of the comparison.")
         else:
             kept.append(model)

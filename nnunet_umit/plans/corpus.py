@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_umit.files import replace
+
 FILE = "corpus.json"
 VERSION = 1
 COLOUR = 3
+AS_COLOUR = ["rgb_to_0_1"] * COLOUR  # what nnU-Net calls the channels of photographs that it scales to 0 .. 1
 COLOURS = ({"r", "g", "b"}, {"red", "green", "blue"}, {"r", "g", "b", "a"})  # what is not colour comes last
 
 
@@ -84,7 +87,7 @@ class Corpus:
         file = Path(folder) / FILE
         part = file.with_name(f".{FILE}.part")
         part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, file)
+        replace(part, file)
         return file
 
     def add(self, number: int, case: str, channels: int, colour: bool, spacing: Sequence[float], shape: Any) -> None:
@@ -141,5 +144,6 @@ def _span(low: float, high: float) -> str:
 
 def is_colour(dataset_json: dict[str, Any]) -> bool:
     """Whether the channels of a dataset are those of a photograph, with or without opacity."""
-    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
-    return {str(name).lower() for name in names.values()} in COLOURS
+    channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    names = [str(name).lower() for name in channels.values()]
+    return set(names) in COLOURS or names == AS_COLOUR

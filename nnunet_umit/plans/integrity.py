@@ -147,6 +147,16 @@ def array_problem(image_CDHW: NDArray[Any], files: Sequence[str], may_be_constan
     return None
 
 
+def channel_problem(channels: int, dataset_json: dict[str, Any], files: Sequence[str]) -> Problem | None:
+    """Another number of channels than dataset.json declares, or None."""
+    declared = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    if not declared or channels == len(declared):
+        return None
+    reason = f"{channels} channels, dataset.json declares {len(declared)} ({', '.join(map(str, declared.values()))})"
+    fix = "Add the missing files or remove the channels that are too many (opacity, for instance)"
+    return Problem(", ".join(map(str, files)), reason, fix)
+
+
 def label_problem(label: NDArray[Any], allowed: Iterable[int], file: str) -> Problem | None:
     """Label values that dataset.json does not declare, or None; see `allowed_labels` for what counts as declared."""
     legal = sorted(set(int(value) for value in allowed))
@@ -187,7 +197,7 @@ def check_dataset(dataset_folder: str | os.PathLike[str]) -> list[Problem]:
     # Lazily: nnU-Net's readers import SimpleITK, nibabel and scikit-image.
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    cases = _training_cases(folder, dataset_json)
+    cases = training_cases(folder, dataset_json)
     problems = _count_problems(folder, dataset_json, cases)
     images = [image for case in cases.values() for image in case["images"]]
     with contextlib.redirect_stderr(io.StringIO()):  # readers that cannot read the example print why
@@ -246,29 +256,47 @@ def _wrong_values(content: dict[str, Any]) -> list[tuple[str, str]]:
     return wrong
 
 
-def _training_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def training_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Case -> its image files and label file. nnU-Net's own rule, without the twelve processes it starts for it."""
     if "dataset" in dataset_json:
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
         return dict(get_filenames_of_train_images_and_targets(str(folder), dataset_json))
     ending = dataset_json["file_ending"]
-    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
     cases: dict[str, dict[str, Any]] = {}
     for file in sorted((folder / "imagesTr").iterdir()):
-        match = pattern.fullmatch(file.name)
+        match = _numbered(ending).fullmatch(file.name)
         if match:
             label = str(folder / "labelsTr" / (match[1] + ending))
             cases.setdefault(match[1], {"images": [], "label": label})["images"].append(str(file))
     return cases
 
 
+def _numbered(ending: str) -> re.Pattern[str]:
+    return re.compile(r"(.+)_\d{4}" + re.escape(ending))
+
+
+def _unnumbered(folder: Path, dataset_json: dict[str, Any]) -> list[str]:
+    """Names in imagesTr that have the ending but no channel number; nnU-Net makes cases of them that have no images."""
+    if "dataset" in dataset_json:
+        return []
+    ending = dataset_json["file_ending"]
+    names = sorted(file.name for file in (folder / "imagesTr").iterdir() if file.name.endswith(ending))
+    return [name for name in names if not _numbered(ending).fullmatch(name)]
+
+
 def _count_problems(folder: Path, dataset_json: dict[str, Any], cases: dict[str, Any]) -> list[Problem]:
     path, problems = str(folder / "dataset.json"), []
-    if len(cases) != dataset_json["numTraining"]:
+    unnumbered = _unnumbered(folder, dataset_json)
+    if unnumbered:
+        shown = ", ".join(unnumbered[:_SHOWN]) + (", …" if len(unnumbered) > _SHOWN else "")
+        fix = f"Rename them to end with _0000{dataset_json['file_ending']} (the number of the channel), or remove them"
+        reason = f"{len(unnumbered)} names without the number of a channel: {shown}"
+        problems.append(Problem(str(folder / "imagesTr"), reason, fix))
+    elif len(cases) != dataset_json["numTraining"]:
         reason = f"numTraining is {dataset_json['numTraining']}, but {len(cases)} cases were found"
         problems.append(Problem(path, reason, f"Set numTraining to {len(cases)}, or restore the missing cases"))
-    known = {os.path.basename(case["label"]) for case in cases.values()}
+    known = {os.path.basename(case["label"]) for case in cases.values()}.union(unnumbered)
     for label in sorted((folder / "labelsTr").glob("*" + dataset_json["file_ending"])):
         if label.name not in known:
             problems.append(Problem(str(label), "no image in imagesTr belongs to it", "Add one, or remove the label"))
@@ -285,14 +313,17 @@ def _case_problems(name: str, case: dict[str, Any], dataset_json: dict[str, Any]
         image_CDHW, properties = reader.read_images(case["images"])
         label_1DHW, label_properties = reader.read_seg(label_file)
     except Exception as error:  # every reader has its own exceptions; the problem list is where they are reported
+        grids = _grids(case["images"], reader)
+        if len(set(grids.values())) > 1:
+            reason = f"the channels of case {name} lie on different grids: {', '.join(grids.values())}"
+            return [Problem(", ".join(case["images"]), reason, "Resample all channels to the grid of one")]
         reason = f"cannot be read ({type(error).__name__}: {error})"
         return [Problem(", ".join([*case["images"], label_file]), reason, "Convert the files again from their source")]
-    problems = []
-    expected = len(dataset_json["channel_names"])
-    if len(image_CDHW) != expected:
-        reason = f"case {name} has {len(image_CDHW)} channels, dataset.json declares {expected}"
-        problems.append(Problem(", ".join(case["images"]), reason, "Add the missing files, or correct channel_names"))
+    if len(label_1DHW) != 1:
+        reason = f"{len(label_1DHW)} channels; a label has one, with the number of a class in every voxel"
+        return [Problem(label_file, reason, "Save one channel only")]
     found = [
+        channel_problem(len(image_CDHW), dataset_json, case["images"]),
         array_problem(image_CDHW, case["images"]),
         label_problem(label_1DHW, allowed_labels(dataset_json), label_file),
     ]
@@ -302,4 +333,30 @@ def _case_problems(name: str, case: dict[str, Any], dataset_json: dict[str, Any]
     elif not np.allclose(properties["spacing"], label_properties["spacing"], rtol=1e-3):
         reason = f"label spacing {label_properties['spacing']} differs from image spacing {properties['spacing']} mm"
         found.append(Problem(label_file, reason, "Copy the image's header (spacing, origin, direction) to the label"))
-    return problems + [problem for problem in found if problem is not None]
+    else:
+        found.append(_turned(label_file, properties, label_properties))
+    return [problem for problem in found if problem is not None]
+
+
+def _grids(images: Sequence[str], reader: Any) -> dict[str, str]:
+    """Shape and spacing of every image that can be read alone, for people."""
+    grids = {}
+    for image in images:
+        try:
+            voxels, properties = reader.read_images([image])
+        except Exception:  # as above; what cannot be read at all is told by the caller
+            continue
+        spacing = " x ".join(f"{float(value):.4g}" for value in properties["spacing"])
+        grids[image] = f"{' x '.join(map(str, voxels.shape[1:]))} voxels of {spacing} mm"
+    return grids
+
+
+def _turned(label_file: str, properties: dict[str, Any], label_properties: dict[str, Any]) -> Problem | None:
+    """A label whose header says that it looks another way than its image; nnU-Net lays both on each other unturned."""
+    read = [each["sitk_stuff"] for each in (properties, label_properties) if "sitk_stuff" in each]
+    ways = [np.asarray(each["direction"]) for each in read]
+    if len(ways) < 2 or (ways[0].shape == ways[1].shape and np.allclose(ways[0], ways[1], atol=0.01)):
+        return None
+    shown = [" ".join(f"{value:g}" for value in way.round(3)) for way in ways]
+    fix = "See in a viewer that both lie on each other; then copy the image's header to the label, else resample it"
+    return Problem(label_file, f"label direction {shown[1]} differs from image direction {shown[0]}", fix)

@@ -10,6 +10,7 @@ import numpy as np
 
 from nnunet_umit.plans.native import thick_first
 from nnunet_umit.plans.orientation import Orientation, centres, labelled, orientation
+from nnunet_umit.spacing import native_spacing
 
 CASES = 24  # labels that are looked at, evenly spaced
 PERCENTILE = 95  # of the cases whose foreground is no longer
@@ -24,7 +25,7 @@ class Foreground:
     Args:
         orientation: axes that may be mirrored, in the order of the plans.
         extents: mm of the box around all labels, in the order of the plans, of every case that has any.
-        spacings: mm, alike.
+        spacings: mm, alike, as ``3d_native`` has them.
     """
 
     orientation: Orientation
@@ -72,5 +73,5 @@ def read_foreground(
         if len(places):
             box = places.max(0) + 1 - places.min(0)
             extents.append(tuple(float(size * step) for size, step in zip(box, spacing, strict=True)))
-            spacings.append(tuple(spacing))
+            spacings.append(tuple(native_spacing(spacing, turned.shape)))
     return Foreground(orientation(names, found), tuple(extents), tuple(spacings))

@@ -16,10 +16,9 @@ import numpy as np
 
 from nnunet_umit.architectures.native import depth_first, thick_axis
 from nnunet_umit.plans.configuration import SMALL_PATCH
-from nnunet_umit.spacing import Anisotropy
+from nnunet_umit.spacing import NO_DEPTH, Anisotropy
 
 THICKEN = 0.3  # of the samples that have no thick slices are given some
-NO_DEPTH = 999.0  # nnU-Net's depth spacing for 2D images, in pixels
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from nnunet_umit.plans.layout import Task
 from nnunet_umit.plans.memory import GB
 from nnunet_umit.plans.native import THICKEN, native_configuration, representative
 from nnunet_umit.plans.sizing import SizeChoice
+from nnunet_umit.spacing import native_spacing
 
 PLANNED = ("3d_fullres", "2d", "3d_native")
 STOCK_PREPROCESSOR = "DefaultPreprocessor"  # what the command line passes when the user says nothing
@@ -76,6 +77,16 @@ class UMITPlanner(ExperimentPlanner):
         print("\n".join("  " + line for line in report.next_commands(self.dataset_name, self.plans_identifier, names)))
         return plans
 
+    def determine_transpose(self) -> tuple[list[int], list[int]]:
+        """nnU-Net's, but an axis of one voxel comes first, whatever its spacing: ``2d`` cuts along the first axis."""
+        sizes = np.median(np.asarray(self.dataset_fingerprint["shapes_after_crop"]), 0)
+        single = [axis for axis in range(3) if sizes[axis] == 1]
+        if self.suppress_transpose or len(single) != 1:
+            forward, backward = super().determine_transpose()
+            return list(forward), list(backward)
+        order = [*single, *(axis for axis in range(3) if axis not in single)]
+        return order, [order.index(axis) for axis in range(3)]
+
     def get_plans_for_configuration(
         self,
         spacing: np.ndarray | Sequence[float],
@@ -114,7 +125,8 @@ class UMITPlanner(ExperimentPlanner):
             np.asarray(self.dataset_fingerprint[name], dtype=float)[:, order]
             for name in ("spacings", "shapes_after_crop")
         )
-        extent = representative(spacings.tolist(), shapes.tolist())
+        told = [native_spacing(*each) for each in zip(spacings.tolist(), shapes.tolist(), strict=True)]
+        extent = representative(told, shapes.tolist())
         voxels = float(shapes.prod(1).mean()) * self.dataset_json["numTraining"]
         configuration = self._configuration(
             replace(

@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from numpy.typing import NDArray
 
 from nnunet_umit.plans import integrity
+from nnunet_umit.spacing import native_spacing
 
 
 class UMITPreprocessor(DefaultPreprocessor):
@@ -56,9 +57,11 @@ class UMITPreprocessor(DefaultPreprocessor):
     ) -> tuple[NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Check the voxels of image (C, D, H, W) and label (1, D, H, W), then process them as nnU-Net does."""
         files, label_file = self._files or (["array without a file name"], None)
-        problem = integrity.array_problem(np.asarray(data), files, may_be_constant=seg is None)
+        declared = load_json(dataset_json) if isinstance(dataset_json, str) else dataset_json
+        problem = integrity.channel_problem(len(data), declared, files)
+        if problem is None:
+            problem = integrity.array_problem(np.asarray(data), files, may_be_constant=seg is None)
         if problem is None and seg is not None:
-            declared = load_json(dataset_json) if isinstance(dataset_json, str) else dataset_json
             name = label_file or f"label of {files[0]}"
             problem = integrity.label_problem(seg, integrity.allowed_labels(declared), name)
         if problem is not None:
@@ -91,6 +94,7 @@ class UMITNativePreprocessor(UMITPreprocessor):
         image, label, properties = super().run_case_npy(
             data, seg, properties, plans_manager, configuration_manager, dataset_json
         )
-        spacing = np.asarray([properties["spacing"][axis] for axis in plans_manager.transpose_forward], np.float32)
-        channels = np.broadcast_to(spacing[:, None, None, None], (3, *image.shape[1:]))
+        spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+        told = np.asarray(native_spacing(spacing, properties["shape_before_cropping"]), np.float32)
+        channels = np.broadcast_to(told[:, None, None, None], (3, *image.shape[1:]))
         return np.concatenate((image, channels)), label, properties

@@ -8,11 +8,12 @@ on), so curves agree only closely there.
 
 from __future__ import annotations
 
+import locale
 import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter, time
@@ -177,6 +178,8 @@ class UMITBaseTrainer(LoadingTrainer):
 
     def run_training(self) -> None:
         """nnU-Net's loop; worker processes end with it, however it ends."""
+        if self.native:
+            torch.backends.cudnn.benchmark = False  # nnU-Net's, for shapes that never change: here batches differ
         try:
             super().run_training()
         finally:
@@ -314,12 +317,25 @@ class UMITBaseTrainer(LoadingTrainer):
         """Curves of ``progress.png``."""
         raise NotImplementedError
 
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """nnU-Net's, with escapes for characters that the log or the console cannot have: names of files hold any."""
+        words = [printable(str(each)) for each in args]
+        super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+
+    def draw_or_say(self, draw: Callable[[], None]) -> None:
+        """Draw; where there is no room, or a viewer keeps the file open, say so: a picture ends no training."""
+        try:
+            draw()
+        except OSError as error:
+            self.print_to_log_file(f"a picture was not drawn ({error}); all else goes on")
+
     def draw(self) -> None:
         """Write ``progress.png`` as often as that takes a twentieth of the time at most, and after the last epoch."""
         began = perf_counter()
         if began < self._draw_next and self.current_epoch + 1 < self.num_epochs:
             return
-        draw_progress(self.panels(), Path(self.output_folder) / "progress.png", type(self).__name__)
+        file = Path(self.output_folder) / "progress.png"
+        self.draw_or_say(lambda: draw_progress(self.panels(), file, type(self).__name__))
         ended = perf_counter()
         self._draw_next = ended + (ended - began) / DRAWING_SHARE
 
@@ -356,6 +372,13 @@ class UMITBaseTrainer(LoadingTrainer):
         if self.local_rank == 0:
             self.draw()
         self.current_epoch = done
+
+
+def printable(text: str) -> str:
+    """``text`` with backslash escapes in place of what the locale's files and standard output cannot encode."""
+    for encoding in (locale.getpreferredencoding(False), getattr(sys.stdout, "encoding", None) or "utf-8"):
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def compile_requested() -> bool:

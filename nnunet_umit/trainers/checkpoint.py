@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_umit.files import replace
+
 FORMAT = 1
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"
@@ -97,7 +99,7 @@ def atomic_save(content: Mapping[str, Any], path: str | Path, *, previous: str |
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             _keep(path, Path(previous))
-        os.replace(temporary, path)
+        replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
@@ -129,7 +131,7 @@ def _keep(path: Path, previous: Path) -> None:
         os.link(path, second)
     except OSError:  # file systems without hard links
         shutil.copyfile(path, second)
-    os.replace(second, previous)
+    replace(second, previous)
     second.unlink(missing_ok=True)  # POSIX renames nothing if both names are the same file already
 
 
@@ -147,19 +149,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> str:
-    """Rename the checkpoint of a former training, ``old_<name>``; returns what it is called now.
+    """Rename what a former training left, ``old_<name>``; returns what it is called now.
 
-    Finished ones are numbered. Of others the one with more epochs is kept.
+    Of checkpoints that began and did not end, the one with more epochs is kept. All else is numbered.
     """
     old = path.with_name(f"old_{path.name}")
     number = 2
-    while path.name == FINAL and old.exists():
+    while path.name not in (BEST, LATEST) and old.exists():
         old = path.with_name(f"old_{path.stem}_{number}{path.suffix}")
         number += 1
     if old.exists() and _epochs(old) > _epochs(path):
         path.unlink()
         return f"gone, as {old.name} has more epochs"
-    os.replace(path, old)
+    replace(path, old)
     return old.name
 
 

@@ -186,15 +186,9 @@ def set_layer_decay(optimizer: torch.optim.Optimizer, *, learning_rate: float, l
 
 
 def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW, fused where this torch has a fused kernel for the device of the parameters."""
+    """AdamW, fused on the devices that it is measured on."""
     first = groups[0]["params"][0]
-    if first.device.type in ("cpu", "cuda"):
-        try:
-            return torch.optim.AdamW(groups, betas=betas, fused=True)
-        except RuntimeError as error:  # older torch: no fused kernel on the CPU
-            if "fused" not in str(error):
-                raise
-    return torch.optim.AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=first.device.type in ("cpu", "cuda"))
 
 
 def frozen_parameters(network: nn.Module, what: str) -> Iterator[nn.Parameter]:

@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nnunet_umit.files import replace
+
 PAPER, INK, FAINT, HIDDEN = "#101418", "#e8ebee", "#8b95a1", "#26415e"
 TOKENS = "tokens"  # the column that shows codes: categories without an order, not grey levels
 GOLDEN = 0.6180339887  # multiples of it, modulo 1, lie far apart: neighbouring codes get different colours
@@ -167,7 +169,7 @@ def _write(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     figure.savefig(part, dpi=110, facecolor=PAPER, format="png")
-    part.replace(path)
+    replace(part, path)
 
 
 def _central(volume: np.ndarray, axis: int | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -67,6 +68,7 @@ def require_plans(dataset: str | int, plans_name: str) -> None:
         RuntimeError: one of nnU-Net's environment variables is not set.
         ValueError: the dataset is neither a number nor a DatasetXXX_Name.
         FileNotFoundError: no such dataset, or no plans of that name; with the command to run.
+        ValueError: the plans are damaged, or call themselves by another name, where nnU-Net would put the results.
     """
     require_folders()
     text = str(dataset)
@@ -75,19 +77,38 @@ def require_plans(dataset: str | int, plans_name: str) -> None:
     try:
         name = maybe_convert_to_dataset_name(text if text.startswith("Dataset") else int(text))
     except RuntimeError as error:  # nnU-Net: no such id, or several datasets share it
+        raw = os.environ.get("nnUNet_raw") or "a folder that nnUNet_raw is set to"
         raise FileNotFoundError(
-            f"dataset {text}: {error} Put it into {nnUNet_raw}, then run: "
+            f"dataset {text}: {error} Put it into {raw}, then run: "
             f"nnUNetv2_plan_and_preprocess -d {number_of(text)} -pl UMITPlanner"
         ) from error
     folder = Path(str(nnUNet_preprocessed)) / name
     for file in (folder / f"{plans_name}.json", folder / "dataset.json"):
         if not file.is_file():
-            planned = sorted(each.stem for each in folder.glob("*Plans*.json"))
+            planned = sorted(each.stem for each in folder.glob("*.json") if "configurations" in read_json(each))
             found = f"there are plans {', '.join(planned)} (option -p)" if planned else "it has no plans yet"
             raise FileNotFoundError(
                 f"{file} does not exist; of dataset {name} {found}; run: "
                 f"nnUNetv2_plan_and_preprocess -d {number_of(name)} -pl UMITPlanner"
             )
+    file = folder / f"{plans_name}.json"
+    content = read_json(file)
+    inside = content.get("plans_name")
+    if not content:
+        raise ValueError(f"{file} is no valid JSON; correct it in an editor, or plan again")
+    if inside != plans_name:
+        raise ValueError(
+            f'{file}: "plans_name" is {inside!r}, so the results would go to that name; set it to {plans_name!r}'
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a file; nothing where it is missing or damaged, or holds something else than an object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def number_of(dataset: str) -> str:
@@ -99,22 +120,26 @@ def number_of(dataset: str) -> str:
 def require_folders() -> None:
     """Raises RuntimeError if one of nnU-Net's environment variables is missing."""
     for name, folder in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
-        known = folder.is_set() if hasattr(folder, "is_set") else folder is not None  # nnU-Net 2.7: a plain string
-        if not known and not os.environ.get(name):
+        if not folder.is_set() and not os.environ.get(name):
             raise RuntimeError(f"the environment variable {name} is not set; set it to a folder: export {name}=/path")
 
 
 def require_cases(trainer: Any) -> None:
-    """Raises FileNotFoundError with the command to run if a trainer's preprocessed cases are missing."""
+    """Raises FileNotFoundError with the command to run if preprocessed cases of a trainer are missing, all or some: of
+    those that are there nnU-Net would make folds, and keep them."""
     folder = Path(trainer.preprocessed_dataset_folder)
     if (folder / FILE).is_file():
         raise NotImplementedError(
             f"{trainer.plans_manager.dataset_name} is a corpus: it has images of several datasets and no labels, so it "
             "can only be pre-trained on (-tr UMITPretrainTrainer); fine-tune one of its datasets"
         )
-    if not folder.is_dir() or not any(file.suffix in (".b2nd", ".npz") for file in folder.iterdir()):
+    images = {file.stem for kind in ("b2nd", "npz") for file in folder.glob(f"*.{kind}")}
+    done = len([name for name in images if not name.endswith("_seg")])
+    planned = len(read_json(folder.parent / "dataset_fingerprint.json").get("shapes_after_crop", []))
+    if not done or done < planned:
+        number, name = number_of(trainer.plans_manager.dataset_name), trainer.plans_manager.plans_name
+        fewer = f"; if cases were removed: nnUNetv2_plan_and_preprocess -d {number} -pl UMITPlanner --clean"
         raise FileNotFoundError(
-            f"no preprocessed cases in {folder}; run: "
-            f"nnUNetv2_preprocess -d {number_of(trainer.plans_manager.dataset_name)} "
-            f"-plans_name {trainer.plans_manager.plans_name} -c {trainer.configuration_name}"
+            f"{done} of {planned or 'all'} preprocessed cases in {folder}; run: "
+            f"nnUNetv2_preprocess -d {number} -plans_name {name} -c {trainer.configuration_name}{fewer if done else ''}"
         )

@@ -14,11 +14,14 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_umit import __version__
+from nnunet_umit.architectures.transfer import CARD_FILE, ENCODER_FILE
 from nnunet_umit.config import UMITConfig
+from nnunet_umit.files import replace
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.guard import NonFiniteGuard
 
 COMMAND = "command: "  # begins the line of the log that holds the command line
+LEFT = ("validation", ENCODER_FILE, CARD_FILE)  # what a training leaves beside its checkpoints
 HOW_ONLY = ("checkpointing", "cpu_bfloat16")  # arguments of the network that change no weight
 
 
@@ -42,10 +45,11 @@ class ResumableTrainer(nnUNetTrainer):
         return getattr(network, "_orig_mod", network)
 
     def begin_folder(self) -> None:
-        """A new training: refuse a lost continuation, write the first checkpoint, move a former training's aside.
+        """A new training: refuse a lost continuation, write the first checkpoint, move what a former one left aside.
 
         Of former ones, finished models are all kept, and of what began and did not end the one with most epochs: a job
-        that is started again and again without ``--c`` must not replace days by minutes.
+        that is started again and again without ``--c`` must not replace days by minutes. Its validation goes aside, as
+        nnU-Net scores every file that lies there; so do the encoder and its card.
 
         Raises:
             CheckpointError: ``--c`` in a folder where a training began but left no checkpoint.
@@ -66,12 +70,12 @@ class ResumableTrainer(nnUNetTrainer):
             self.current_epoch -= 1  # a checkpoint names the epoch after the present one
             self.save_checkpoint(os.path.join(folder, checkpoints.FIRST))  # nothing is moved if the disk is full
             self.current_epoch += 1
-            for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LATEST):
-                if (folder / name).is_file():
+            for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LATEST, *LEFT):
+                if (folder / name).exists():
                     now = checkpoints.set_aside(folder / name)
                     self.print_to_log_file(f"a former training is in this folder; its {name} is now {now}")
             (folder / checkpoints.PREVIOUS).unlink(missing_ok=True)
-            os.replace(folder / checkpoints.FIRST, folder / checkpoints.LATEST)
+            replace(folder / checkpoints.FIRST, folder / checkpoints.LATEST)
         if self.is_ddp:
             distributed.barrier()
 

@@ -202,7 +202,7 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
         """``progress.png`` after every epoch, the other pictures every few."""
         super().draw()
         if (self.current_epoch + 1) % self.config.picture_every == 0 or self.current_epoch + 1 == self.num_epochs:
-            self.draw_pictures()
+            self.draw_or_say(self.draw_pictures)
 
     def picture_title(self) -> str:
         """What stands above ``reconstructions.png``."""
@@ -271,11 +271,13 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
         seed = derive_seed(self.seed, f"case {case}")
         random = np.random.RandomState(seed % 2**32)
         images = torch.cat([self._crop(dataset, case, random) for _ in range(CROPS_PER_CASE)])
+        masks = [torch.Generator().manual_seed(derive_seed(seed, "mask", crop)) for crop in range(CROPS_PER_CASE)]
+        together = math.gcd(CROPS_PER_CASE, self.batch_size)  # as many in every pass: all crops count alike
         outputs = []
-        for first in range(0, CROPS_PER_CASE, self.batch_size):
-            chunk = self.to_device(images[first : first + self.batch_size])
+        for first in range(0, CROPS_PER_CASE, together):
+            chunk = self.to_device(images[first : first + together])
             with self.autocast():
-                output = self.evaluate(chunk, torch.Generator().manual_seed(derive_seed(seed, "mask", first)))
+                output = self.evaluate(chunk, masks[first : first + together])
             outputs.append(self.final_figures(output))
         return outputs
 
@@ -299,7 +301,7 @@ class SelfSupervisedTrainer(UMITBaseTrainer):
             "metric_per_case": [{"case": case, **each} for (case, _), each in zip(rows, figures, strict=True)],
         }
         write_json(folder / "validation" / "summary.json", summary)
-        self.draw_pictures()
+        self.draw_or_say(self.draw_pictures)
         self.finish(mean, pooled, len(figures))
         self.print_to_log_file("Validation complete", also_print_to_console=True)
 

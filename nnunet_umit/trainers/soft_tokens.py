@@ -13,7 +13,6 @@ from torch import nn
 from nnunet_umit.architectures.mim import SoftTokenModel, SoftTokenOutput
 from nnunet_umit.architectures.quantiser import negative_entropy
 from nnunet_umit.config import get_umit_config
-from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.pictures import Panel
 from nnunet_umit.trainers.pretrain import EncoderTrainer
 from nnunet_umit.trainers.summary import pooled_usage
@@ -91,10 +90,13 @@ class UMITSoftTokenPretrainTrainer(EncoderTrainer):
         return {"loss": output.measures["cross-entropy"], **output.measures, **usage}
 
     def summarise(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
-        """Means, and the share of what can be known of a token that is: 0 for one who only knows how often each code
-        occurs in all these passes, 1 for the tokenizer itself."""
+        """Means over tokens, and the share of what can be known of a token that is: 0 for one who only knows how often
+        each code occurs in all these passes, 1 for the tokenizer itself."""
         finite = [output for output in outputs if math.isfinite(output["loss"])]
-        loss, least, accuracy = (finite_mean([each[name] for each in finite]) for name in MEASURES)
+        tokens = sum(each["tokens"] for each in finite)
+        loss, least, accuracy = (
+            sum(each[name] * each["tokens"] for each in finite) / tokens if finite else math.nan for name in MEASURES
+        )
         marginal = -float(negative_entropy(torch.from_numpy(pooled_usage(finite)))) if finite else math.nan
         explained = (marginal - loss) / (marginal - least) if marginal > least else 0.0 if finite else math.nan
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_umit.files import replace
 from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.resume import versions
 
@@ -68,7 +68,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Readable JSON; the file is replaced in one step."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    replace(part, path)
 
 
 def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> di
     """
     manager = trainer.configuration_manager
     training, _ = trainer.do_split()
+    pretrain = trainer.umit.to_dict()["pretrain"]  # the path of a tokenizer is of this machine
     licence = trainer.dataset_json.get("licence", trainer.dataset_json.get("license"))
     return {
         "method": trainer.card_method,
@@ -99,7 +100,7 @@ def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> di
         "intensity_properties": trainer.plans_manager.foreground_intensity_properties_per_channel,
         "input_channels": trainer.num_input_channels,
         "architecture": dict(manager.network_arch_init_kwargs),
-        "pretrain": trainer.umit.to_dict()["pretrain"],
+        "pretrain": {**pretrain, "tokenizer": pretrain["tokenizer"] and Path(pretrain["tokenizer"]).name},
         "epochs_done": trainer.current_epoch,
         "metrics": {**mean, "validation_cases": validated},
         "versions": versions(),
