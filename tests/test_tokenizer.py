@@ -74,7 +74,7 @@ def test_a_token_does_not_depend_on_the_crop() -> None:
     torch.testing.assert_close(part[2:-2, 2:-2], whole[4:8, 4:8])
 
 
-@pytest.mark.parametrize(("level", "spacing"), enumerate(LEVELS))
+@pytest.mark.parametrize(("level", "spacing"), list(enumerate(LEVELS)))
 def test_running_statistics_are_those_of_the_level(level: int, spacing: tuple[float, ...]) -> None:
     tokenizer = build(spacing)
     tokenizer.tokenize(tokenizer.view(images(spacing)))
