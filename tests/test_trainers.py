@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,11 +117,14 @@ def test_final_figures_do_not_depend_on_the_batch(prepare: Callable[..., dict]) 
 
 def test_names_that_no_log_can_hold_are_escaped(prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
     """A name of a file that is no text has surrogates, which UTF-8 does not write."""
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", "caf\udce9/\u0141.pth"])
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", "caf\udce9.pth"])
     trainer = tiny.make_trainer(UMITTrainer, prepare())
-    assert "caf\\udce9/\u0141.pth" in log_of(trainer)
-    monkeypatch.setattr(base.locale, "getpreferredencoding", lambda do_setlocale: "cp1252")
-    assert base.printable("\u0141 \xe9") == "\\u0141 \xe9"
+    assert "caf\\udce9.pth" in log_of(trainer)
+    with monkeypatch.context() as patch:  # whatever the locale of this process
+        patch.setattr(base.locale, "getpreferredencoding", lambda do_setlocale: "cp1252")
+        patch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
+        escaped = base.printable("\u0141 \xe9")
+    assert escaped == "\\u0141 \xe9"
 
 
 def test_a_picture_that_cannot_be_written_ends_no_training(
