@@ -1,9 +1,11 @@
-"""Putting a finished file in the place of an old one."""
+"""Writing files that are complete or not there: beside the old one first, then in its place."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between two attempts on Windows
 
@@ -25,3 +27,14 @@ def replace(part: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
         else:
             return
     os.replace(part, path)
+
+
+def write_whole(file: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill a hidden file beside ``file``, then :func:`replace` it; nothing is left where that fails."""
+    file = Path(file)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        write(part)
+        replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -8,11 +8,13 @@ import os
 import signal
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunet_umit.importing.judge import judge
+from nnunet_umit.importing.run import Outcome, Request, import_folder
 from nnunet_umit.importing.verdict import Candidate, Kind, Verdict
 
 SHAPE = (10, 14, 12)  # z, y, x
@@ -110,6 +112,13 @@ def make_series(folder: Path, uid: str, slices: int = 10, missing: tuple[int, ..
         writer.SetFileName(str(folder / f"{(7 * index) % 10}_{uid}_{index}.dcm"))
         writer.Execute(image)
     return volume
+
+
+def start(folder: Path, raw: Path, **options: Any) -> Outcome:
+    """Import into ``Dataset901_Scans``, within this process unless ``jobs`` says otherwise."""
+    raw.mkdir(exist_ok=True)
+    options = {"name": "Dataset901_Scans", "jobs": 0, **options}
+    return import_folder(Request(folder=folder, raw=raw, **options), lambda done, total: None)
 
 
 def judge_or_die(candidate: Candidate, destination: str, max_voxels: int) -> Verdict:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Folders
-from corpus import SHAPE, SPACING, body, make_broken, make_good, save
+from corpus import SHAPE, SPACING, body, make_broken, make_good, save, start
 from typer.testing import CliRunner
 
 from nnunet_umit.cli.app import app
@@ -32,13 +32,6 @@ NAME = "Dataset901_Scans"
 def umit(*arguments: str | Path) -> tuple[int, str]:
     result = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["import", *map(str, arguments)])
     return result.exit_code, result.output
-
-
-def start(folder: Path, raw: Path, **options: Any) -> Outcome:
-    """Import within this process."""
-    raw.mkdir(exist_ok=True)
-    options = {"name": NAME, "jobs": 0, **options}
-    return import_folder(Request(folder=folder, raw=raw, **options), lambda done, total: None)
 
 
 def kinds(outcome: Outcome) -> dict[str, Kind]:

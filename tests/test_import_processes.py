@@ -12,10 +12,9 @@ from pathlib import Path
 
 import corpus
 import pytest
-from corpus import body, make_good, save
+from corpus import body, make_good, save, start
 
 from nnunet_umit.importing import run, workers
-from nnunet_umit.importing.run import Request, import_folder
 from nnunet_umit.importing.verdict import Kind
 
 
@@ -23,9 +22,7 @@ def test_a_killed_process_costs_its_file_only(tmp_path: Path, monkeypatch: pytes
     make_good(tmp_path / "scans", 10)
     killer = save(tmp_path / "scans" / "good killer.nii.gz", body(99))
     monkeypatch.setattr(run, "judge", corpus.judge_or_die)
-    (tmp_path / "raw").mkdir()
-    request = Request(folder=tmp_path / "scans", raw=tmp_path / "raw", name="Dataset901_Scans", jobs=2)
-    outcome = import_folder(request, lambda done, total: None)
+    outcome = start(tmp_path / "scans", tmp_path / "raw", jobs=2)
     assert [(each.path, each.kind) for each in outcome.rejections] == [(str(killer), Kind.CRASH)]
     assert len(outcome.cases) == 10 and outcome.exit_code == 1
     assert "killed the process" in outcome.rejections[0].reason

@@ -53,6 +53,14 @@ def samples(folder: Path, jitter: Jitter | None = None, batch: int = 3, **option
     )  # fmt: skip
 
 
+def training_samples(plans: dict[str, Any]) -> NativeSamples:
+    """What a fine-tuning of these plans learns from, augmented as they say."""
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    trainer.initialize()
+    made: NativeSamples = trainer.get_dataloaders()[0].batches.samples
+    return made
+
+
 def spacing_of(sample: torch.Tensor) -> tuple[float, ...]:
     return tuple(sample[-SPACING_CHANNELS:].amax((1, 2, 3)).tolist())
 
@@ -293,9 +301,7 @@ def test_zoom_is_told_and_appearance_leaves_the_spacing_alone(
     spacing = ((1.0, 1.0, 1.0),) if planned is ISOTROPIC else ((4.5, 1.0, 1.0),)
     options = {"patch": (16, 16, 16) if planned is ISOTROPIC else (4, 16, 16), "spacing": (planned.ratio, 1.0, 1.0)}
     plans = native(spacings=spacing, finetune={"augmentation": "nnunet"}, **options)
-    trainer = tiny.make_trainer(UMITTrainer, plans)
-    trainer.initialize()
-    made = trainer.get_dataloaders()[0].batches.samples
+    made = training_samples(plans)
     zooms = set()
     for index in range(60):
         with random_state(index):
@@ -317,9 +323,7 @@ def test_crops_of_a_slice_or_two_are_augmented_too(
     native: Callable[..., dict], nnunet_env: Any, spacing: tuple[float, ...]
 ) -> None:
     plans = native(cases=1, spacings=(spacing,), finetune={"augmentation": "nnunet", "thicken": 0.3})
-    trainer = tiny.make_trainer(UMITTrainer, plans)
-    trainer.initialize()
-    made = trainer.get_dataloaders()[0].batches.samples
+    made = training_samples(plans)
     shapes = set()
     for seed in range(60):
         with random_state(seed):

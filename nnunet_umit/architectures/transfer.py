@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nnunet_umit.files import replace
+from nnunet_umit.files import write_whole
 
 MINIMUM_FRACTION = 0.9
 ENCODER_FILE = "encoder.safetensors"
@@ -222,18 +222,9 @@ def save_encoder(encoder: nn.Module, folder: str | os.PathLike[str], card: Mappi
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    _replace(target / ENCODER_FILE, lambda temporary: save_file(state, temporary))
-    _replace(target / CARD_FILE, lambda temporary: Path(temporary).write_text(json.dumps(dict(card), indent=2)))
+    write_whole(target / ENCODER_FILE, lambda part: save_file(state, str(part)))
+    write_whole(target / CARD_FILE, lambda part: part.write_text(json.dumps(dict(card), indent=2)))
     return target / ENCODER_FILE
-
-
-def _replace(file: Path, write: Any) -> None:
-    part = file.with_name(f".{file.name}.part")
-    try:
-        write(str(part))
-        replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _strip(name: str) -> str:

@@ -9,11 +9,16 @@ from pathlib import Path
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+def _file(plans: str, dataset: int | str) -> Path:
+    return Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(dataset) / f"{plans}.json"
 
 
 def planned_here(plans: str, dataset: int | str) -> bool:
     """Whether plans are a UMIT planner's, whatever their name (``-overwrite_plans_name``)."""
-    file = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(dataset) / f"{plans}.json"
+    file = _file(plans, dataset)
     if not file.is_file():
         return plans.startswith("UMIT")
     configurations = json.loads(file.read_text(encoding="utf-8"))["configurations"]
@@ -23,18 +28,10 @@ def planned_here(plans: str, dataset: int | str) -> bool:
 def is_native(plans: str, dataset: int | str, configuration: str) -> bool:
     """Whether the images of a configuration have their own spacing each, which only UMIT trainers can be told of."""
     try:
-        file = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(dataset) / f"{plans}.json"
-        configurations = json.loads(file.read_text(encoding="utf-8"))["configurations"]
+        planned = PlansManager(str(_file(plans, dataset))).get_configuration(configuration).configuration
     except (OSError, RuntimeError, ValueError, KeyError):  # no such dataset or plans, which nnU-Net says itself
         return False
-    seen = set[str]()
-    while configuration in configurations and configuration not in seen:
-        seen.add(configuration)
-        planned = configurations[configuration]
-        if "architecture" in planned:
-            return bool(planned["architecture"].get("arch_kwargs", {}).get("native"))
-        configuration = planned.get("inherits_from", "")
-    return False
+    return bool(planned.get("architecture", {}).get("arch_kwargs", {}).get("native"))
 
 
 def trained_pairs(models: Sequence[dict[str, str]], dataset: int | str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_umit.files import replace
+from nnunet_umit.files import write_whole
 
 FILE = "corpus.json"
 VERSION = 1
@@ -85,9 +85,7 @@ class Corpus:
         content = {"version": VERSION, **asdict(self)}
         del content["root"]
         file = Path(folder) / FILE
-        part = file.with_name(f".{FILE}.part")
-        part.write_text(json.dumps(content), encoding="utf-8")
-        replace(part, file)
+        write_whole(file, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
         return file
 
     def add(self, number: int, case: str, channels: int, colour: bool, spacing: Sequence[float], shape: Any) -> None:

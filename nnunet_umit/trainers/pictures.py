@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nnunet_umit.files import replace
+from nnunet_umit.files import write_whole
 
 PAPER, INK, FAINT, HIDDEN = "#101418", "#e8ebee", "#8b95a1", "#26415e"
 TOKENS = "tokens"  # the column that shows codes: categories without an order, not grey levels
@@ -166,10 +166,7 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 
 def _write(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=110, facecolor=PAPER, format="png")
-    replace(part, path)
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, facecolor=PAPER, format="png"))
 
 
 def _central(volume: np.ndarray, axis: int | None) -> np.ndarray:

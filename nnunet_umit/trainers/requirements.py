@@ -66,9 +66,9 @@ def require_plans(dataset: str | int, plans_name: str) -> None:
 
     Raises:
         RuntimeError: one of nnU-Net's environment variables is not set.
-        ValueError: the dataset is neither a number nor a DatasetXXX_Name.
+        ValueError: the dataset is neither a number nor a DatasetXXX_Name; or the plans are damaged, or call themselves
+            by another name, where nnU-Net would put the results.
         FileNotFoundError: no such dataset, or no plans of that name; with the command to run.
-        ValueError: the plans are damaged, or call themselves by another name, where nnU-Net would put the results.
     """
     require_folders()
     text = str(dataset)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_umit.files import replace
+from nnunet_umit.files import write_whole
 from nnunet_umit.trainers.base import finite_mean
 from nnunet_umit.trainers.resume import versions
 
@@ -66,9 +66,7 @@ class GroupLosses:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Readable JSON; the file is replaced in one step."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    replace(part, path)
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def describe_encoder(trainer: Any, mean: dict[str, float], validated: int) -> dict[str, Any]:
