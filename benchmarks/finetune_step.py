@@ -6,7 +6,7 @@ clip 12 (nnUNetTrainer); fused AdamW, clip 1 (Primus, and MONAI's networks, whic
 layer-wise rates, clip from the plan, and the balanced cross-entropy of the first half of a training (UMIT). Random
 images and labels: no data needed. The same batch for all, and the same patch, but UNETR and SwinUNETR cannot take it:
 they get the next one that they can, 48 x 64 x 48 and 64 x 64 x 64. fp32, CPU. Peak memory is that of two steps in a
-process of its own. One more row tells what activation checkpointing costs and saves.
+process of its own, the median of three processes. One more row tells what activation checkpointing costs and saves.
 
 Claims: CPU seconds of UMIT at most 0.25 times PlainConvUNet's, and no more than Primus-S's.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.common import Results, parser, prepare_torch, provenance, say, verdict
-from benchmarks.step_memory import peak_memory
+from benchmarks.step_memory import PROCESSES, memory_figures, peak_memories
 from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table, summarise
 
 CLAIM = "CPU seconds of a UMIT fine-tuning step <= 0.25 x PlainConvUNet and <= 1.0 x Primus-S at equal batch and patch"
@@ -217,12 +217,14 @@ def step_of(arm: str, batch: int, plan: dict[str, Any]) -> Callable[[], None]:
     return build_arm(arm, batch, plan)[1]
 
 
-def measure(batch: int, plan: dict[str, Any], repeats: int, warmup: int, kept: bool) -> dict[str, Any]:
+def measure(batch: int, plan: dict[str, Any], repeats: int, quick: bool, kept: bool) -> dict[str, Any]:
     """All networks at one batch size; ``kept`` is only noted."""
     threads = torch.get_num_threads()
-    memory = {arm: peak_memory("benchmarks.finetune_step:step_of", arm, batch, plan, threads=threads) for arm in ARMS}
+    builders = {arm: ("benchmarks.finetune_step:step_of", arm, batch, plan) for arm in ARMS}
+    memory = peak_memories(builders, 1 if quick else PROCESSES, threads)
     built = {arm: build_arm(arm, batch, plan) for arm in ARMS}
-    samples = interleaved({arm: step for arm, (_, step) in built.items()}, repeats, warmup, repeat_line(repeats))
+    steps = {arm: step for arm, (_, step) in built.items()}
+    samples = interleaved(steps, repeats, 1 if quick else 2, repeat_line(repeats))
     return {
         "batch_size": batch,
         "patch_size": list(plan["patch_size"]),
@@ -231,10 +233,10 @@ def measure(batch: int, plan: dict[str, Any], repeats: int, warmup: int, kept: b
         "umit_arch_kwargs": plan["architecture"]["arch_kwargs"],
         "arms": {
             arm: summarise(samples[arm])
+            | memory_figures(memory[arm])
             | {
                 "patch_size": PADDED.get(arm, list(plan["patch_size"])),
                 "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                "peak_memory_bytes": memory[arm],
                 "ratio": paired_ratio(samples[arm], samples["PlainConvUNet"]),
                 "ratio_to_primus_s": paired_ratio(samples[arm], samples["Primus-S"]),
             }
@@ -276,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         key = f"{mode}/batch{batch}/threads{options.threads}" + ("/kept" if kept else "")
         if results.left(key):
             say(f"{key} ...")
-            results.put(key, measure(batch, plan, repeats, 1 if options.quick else 2, kept))
+            results.put(key, measure(batch, plan, repeats, options.quick, kept))
         say(report(results.get(key)))
 
 

@@ -4,7 +4,8 @@ Equal: image, tokens, encoder width, depth and heads, weights of the MLP (MONAI 
 width and three), decoder width, depth and heads, mask ratio 0.75, batch 2, fp32, per-patch normalised mean squared
 error over hidden tokens, optimiser torch.optim.AdamW(lr 1.5e-4, betas (0.9, 0.95), weight decay 0.05, fused) over all
 parameters. A step is masking, forward, loss, backward, optimiser. Extra rows: ours with its own narrow decoder, with
-the patch stem and with the conv stem that the planner chooses. Peak memory: two steps in a process of their own.
+the patch stem and with the conv stem that the planner chooses. Peak memory: two steps in a process of their own,
+the median of three processes.
 
 Where the CPU has avx512_bf16 or AMX, one more row is ours at equal size with the transformer's products in bfloat16.
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks import nnssl, peers
 from benchmarks.common import Results, parser, prepare_torch, provenance, say, verdict
 from benchmarks.products import share_of_products
-from benchmarks.step_memory import peak_memory
+from benchmarks.step_memory import PROCESSES, memory_figures, peak_memories
 from benchmarks.step_process import StepProcess
 from benchmarks.timing import interleaved, paired_ratio, repeat_line, step_table, summarise
 
@@ -129,23 +130,28 @@ def step_of(arm: str, image_size: tuple[int, ...], batch: int) -> Callable[[], N
 
 
 def measure(
-    image_size: tuple[int, ...], batch: int, repeats: int, warmup: int, kept: bool, checkout: str | None = None
+    image_size: tuple[int, ...], batch: int, repeats: int, quick: bool, kept: bool, checkout: str | None = None
 ) -> dict[str, Any]:
     """All arms on images of one size; whether freed memory is ``kept`` was set before."""
     threads, arms = torch.get_num_threads(), arms_here()
-    memory = {arm: peak_memory("benchmarks.mae_step:step_of", arm, image_size, batch, threads=threads) for arm in arms}
+    builders: dict[str, tuple[Any, ...]] = {
+        arm: ("benchmarks.mae_step:step_of", arm, image_size, batch) for arm in arms
+    }
+    foreign: tuple[Any, ...] = ()
+    if checkout is not None:
+        foreign = (checkout, image_size, batch, TOKEN, MASK_RATIO, ENCODER, DECODER["decoder_depth"], OPTIMISER)
+        builders[NNSSL] = ("benchmarks.nnssl:step_of", *foreign)
+    memory = peak_memories(builders, 1 if quick else PROCESSES, threads)
     parameters: dict[str, int] = {}
     steps: dict[str, Callable[[], None]] = {}
     for arm in arms:
         network, steps[arm] = build(arm, image_size, batch)
         parameters[arm] = sum(each.numel() for each in network.parameters())
     with ExitStack() as stack:
-        if checkout is not None:
-            sizes = (checkout, image_size, batch, TOKEN, MASK_RATIO, ENCODER, DECODER["decoder_depth"], OPTIMISER)
-            memory[NNSSL] = peak_memory("benchmarks.nnssl:step_of", *sizes, threads=threads)
-            remote = StepProcess("benchmarks.nnssl:build", *sizes, threads=threads, keep_freed_memory=kept)
+        if foreign:
+            remote = StepProcess("benchmarks.nnssl:build", *foreign, threads=threads, keep_freed_memory=kept)
             steps[NNSSL], parameters[NNSSL] = stack.enter_context(closing(remote)), remote.parameters
-        samples = interleaved(steps, repeats, warmup, repeat_line(repeats))
+        samples = interleaved(steps, repeats, 1 if quick else 2, repeat_line(repeats))
         shares = {arm: share_of_products(steps[arm]) for arm in arms}
     both = BFLOAT16 in samples
     return {
@@ -162,9 +168,9 @@ def measure(
         "optimiser": {"class": "torch.optim.AdamW", **OPTIMISER},
         "arms": {
             name: summarise(samples[name])
+            | memory_figures(memory[name])
             | {
                 "parameters": parameters[name],
-                "peak_memory_bytes": memory[name],
                 "products_share": round(shares[name], 4) if name in shares else None,
                 "ratio": paired_ratio(samples[name], samples[REFERENCE]),
             }
@@ -223,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
             say(f"{key} ...")
             repeats = options.repeats or (3 if options.quick else 15)
             batch = BATCHES.get(tokens, BATCH)
-            results.put(key, measure(IMAGES[tokens], batch, repeats, 1 if options.quick else 2, kept, checkout))
+            results.put(key, measure(IMAGES[tokens], batch, repeats, options.quick, kept, checkout))
         say(report(results.get(key)))
 
 

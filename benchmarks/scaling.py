@@ -26,7 +26,7 @@ from benchmarks.common import Results, parser, prepare_torch, provenance, say, t
 from benchmarks.finetune_step import CLASSES, UMIT_PLAN, build, make_step
 from benchmarks.mae_step import IMAGES
 from benchmarks.mae_step import make_step as make_mae_step
-from benchmarks.step_memory import peak_memory
+from benchmarks.step_memory import memory_figures, peak_memories
 from benchmarks.timing import interleaved, paired_ratio, repeat_line, spread, summarise
 
 CLAIM = "cost of a step by tokens and by anisotropy level, and of a batch by the number of cases in a corpus"
@@ -74,11 +74,9 @@ def measure_tokens(repeats: int, sizes: Mapping[int, tuple[int, ...]]) -> dict[s
     threads, spacing = torch.get_num_threads(), (1.0, 1.0, 1.0)
     steps = {str(tokens): mae_step(size, spacing, 2) for tokens, size in sizes.items()}
     samples = interleaved(steps, repeats, 1, repeat_line(repeats))
-    memory = {
-        str(tokens): peak_memory("benchmarks.scaling:mae_step", size, spacing, 2, threads=threads)
-        for tokens, size in sizes.items()
-    }
-    found = {name: summarise(each) | {"peak_memory_bytes": memory[name]} for name, each in samples.items()}
+    builders = {str(tokens): ("benchmarks.scaling:mae_step", size, spacing, 2) for tokens, size in sizes.items()}
+    memory = peak_memories(builders, 1, threads)
+    found = {name: summarise(each) | memory_figures(memory[name]) for name, each in samples.items()}
     return {"batch_size": 2, "threads": threads, "tokens": found}
 
 
@@ -173,8 +171,8 @@ def measure_cases(numbers: tuple[int, ...], batches: int) -> dict[str, Any]:
                 began = time.perf_counter()
                 batch()
                 samples.append(time.perf_counter() - began)
-            memory = peak_memory("benchmarks.scaling:open_corpus", home, threads=1)
-            found[str(cases)] = {"open_s": opened, "batch_s": spread(samples), "peak_memory_bytes": memory}
+            memory = peak_memories({"corpus": ("benchmarks.scaling:open_corpus", home)}, 1, threads=1)["corpus"]
+            found[str(cases)] = {"open_s": opened, "batch_s": spread(samples), **memory_figures(memory)}
             say(
                 f"  {cases} cases: opened in {opened:.2f} s, {1 / found[str(cases)]['batch_s']['median']:.1f} batches/s"
             )

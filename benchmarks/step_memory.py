@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.child import in_fresh_process, named
 
 STEPS = 2
+PROCESSES = 3  # a claim about memory needs more than one
 
 
-def peak_memory(builder: str, *arguments: Any, threads: int) -> int | None:
+def peak_memories(arms: Mapping[str, tuple[Any, ...]], processes: int, threads: int) -> dict[str, list[int]]:
     """Bytes by which the peak resident memory of a process grows while it builds a network and takes two steps.
 
+    One process says little: what the allocator keeps between two steps moves with the machine. The arms take turns.
+
     Args:
-        builder: ``"module:function"``; the function gets ``arguments`` and returns one training step, as a call.
+        arms: name -> ``"module:function"`` and its arguments; the function returns one training step, as a call.
+        processes: of each arm.
+        threads: of torch in each process.
 
     Returns:
-        None on systems that cannot reset the peak (all but Linux).
+        One figure a process; none on systems that cannot reset the peak (all but Linux).
 
     Raises:
-        RuntimeError: the process died, most likely because memory ran out.
+        RuntimeError: a process died, most likely because memory ran out.
     """
+    found: dict[str, list[int]] = {arm: [] for arm in arms}
     if not Path("/proc/self/clear_refs").exists():
-        return None
-    return int(in_fresh_process(_measure, threads, builder, arguments))
+        return found
+    for _ in range(processes):
+        for arm, (builder, *arguments) in arms.items():
+            found[arm].append(int(in_fresh_process(_measure, threads, builder, arguments)))
+    return found
 
 
-def _measure(threads: int, builder: str, arguments: tuple[Any, ...]) -> int:
+def memory_figures(samples: Sequence[int]) -> dict[str, Any]:
+    """JSON of one arm's processes: the median, None where nothing was measured, and each."""
+    return {
+        "peak_memory_bytes": int(statistics.median(samples)) if samples else None,
+        "peak_memory_of_processes_bytes": list(samples),
+    }
+
+
+def _measure(threads: int, builder: str, arguments: Sequence[Any]) -> int:
     import torch
     from torch import nn
 

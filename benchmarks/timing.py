@@ -109,7 +109,7 @@ def paired_ratio(numerator: Sequence[Sample], denominator: Sequence[Sample]) -> 
 
 def step_table(arms: Mapping[str, Mapping[str, Any]], reference: str) -> str:
     """Table of timed steps; each arm holds :func:`summarise`, ``parameters``, ``ratio`` (to ``reference``) and, where
-    it was measured, ``peak_memory_bytes``."""
+    it was measured, ``peak_memory_bytes``, with the least and the most of several processes."""
 
     def middle(figures: Mapping[str, float]) -> str:
         return f"{figures['median']:.3f} ({figures['q1']:.3f}-{figures['q3']:.3f})"
@@ -119,6 +119,9 @@ def step_table(arms: Mapping[str, Mapping[str, Any]], reference: str) -> str:
         figures = (arm["cpu_s"], arm["wall_s"], arm["ratio"]["cpu"], arm["ratio"]["wall"])
         memory = arm.get("peak_memory_bytes")
         peak = f"{memory / 1e9:.2f}" if memory else None
+        every = arm.get("peak_memory_of_processes_bytes", [])
+        if len(every) > 1:
+            peak = f"{peak} ({min(every) / 1e9:.2f}-{max(every) / 1e9:.2f})"
         rows.append([name, f"{arm['parameters'] / 1e6:.1f}", *map(middle, figures), peak])
     seconds = ["CPU s: median (quartiles)", "wall s"]
     heads = ["network", "M parameters", *seconds, f"CPU / {reference}", f"wall / {reference}", "peak GB"]

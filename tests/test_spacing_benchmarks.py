@@ -14,7 +14,16 @@ import nibabel
 import numpy as np
 import pytest
 
-from benchmarks import cases, corpus_transfer, memory, native_spacing, prediction, spacing_robustness, thick_slices
+from benchmarks import (
+    cases,
+    corpus_transfer,
+    memory,
+    native_spacing,
+    prediction,
+    residual_errors,
+    spacing_robustness,
+    thick_slices,
+)
 from benchmarks.common import Results
 from benchmarks.thick_slices import Condition
 
@@ -384,3 +393,55 @@ def test_peaks_of_a_killed_call_count(tmp_path, monkeypatch):
         pass
     assert unwatched.peaks() == {"peak_rss_gb": None, "peak_pss_gb": None, "samples": 0}
     assert not (tmp_path / "other.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------- residual errors
+def line_of(*labels: int) -> np.ndarray:
+    """A volume of one row of voxels."""
+    return np.array(labels)[None, None, :]
+
+
+def test_wrong_voxels_are_counted_by_kind_and_at_the_border():
+    reference, predicted = line_of(0, 0, 0, 1, 1, 2, 2, 0), line_of(0, 1, 0, 1, 2, 2, 0, 2)
+    found = residual_errors.kinds(predicted, reference)
+    assert found == {"foreground": 4, "missed": 1, "added": 2, "confused": 1, "beside": 3}, "one is two voxels away"
+
+
+def test_a_vote_is_the_label_of_most():
+    cast = [line_of(0, 1, 2, 1), line_of(0, 1, 1, 2), line_of(1, 2, 2, 0)]
+    assert residual_errors.vote(cast).tolist() == line_of(0, 1, 2, 0).tolist(), "of equally many the smallest"
+
+
+def test_a_reference_moved_by_one_voxel_is_compared_with_itself():
+    block = np.zeros((4, 4, 4), int)
+    block[0, :, :2], block[0, :, 2:] = 1, 2  # 1 x 4 x 2 voxels each, at the border: nothing wraps around
+    assert residual_errors.moved(block) == pytest.approx((0 + 3 / 4 + 1 / 2) / 3)
+
+
+def test_trainings_are_held_against_the_reference_and_each_other():
+    exact, shifted, lost = line_of(1, 1, 2, 2), line_of(1, 2, 2, 2), line_of(1, 0, 0, 0)
+    references = {"a": exact, "b": line_of(1, 2, 0, 0), "c": exact}
+    first = references | {"a": shifted, "c": shifted}
+    other = {"a": shifted, "b": lost, "c": exact}
+    found = residual_errors.compare(references, {"x": first, "y": first, "z": other})
+    moved = (2 / 3 + 4 / 5) / 2
+    assert found["trainings"]["x"]["dice"] == found["vote_dice"] == pytest.approx((2 * moved + 1) / 3)
+    assert found["trainings"]["z"]["dice"] == pytest.approx((moved + 0.5 + 1) / 3)
+    assert found["trainings"]["x"]["confused"] == 2 and found["trainings"]["x"]["foreground"] == 10
+    assert found["pairs"]["x / y"] == {"dice": 1.0, "correlation": pytest.approx(1)}
+    assert found["pairs"]["x / z"] == {
+        "dice": pytest.approx((1 + 0.5 + moved) / 3),
+        "correlation": pytest.approx(-0.846, abs=1e-3),
+    }
+    shown = residual_errors.report(found)
+    assert "| x        | 0.8222 | 0.200                     | 0.00           | 0.00  | 1.00     | 1.00" in shown
+
+
+def test_trainings_other_than_the_stored_ones_are_refused():
+    name = next(iter(residual_errors.RUNS))
+    stored = {residual_errors.key_of(name): {"dice": {"mean": 0.8}}}
+    residual_errors.check_stored({name: {"dice": 0.8}}, stored)
+    with pytest.raises(ValueError, match=r"Dice 0\.900000 for full/hippocampus.*one of 0\.800000; give the --work"):
+        residual_errors.check_stored({name: {"dice": 0.9}}, stored)
+    with pytest.raises(ValueError, match=r"accuracy\.json none"):
+        residual_errors.check_stored({name: {"dice": 0.9}}, {})

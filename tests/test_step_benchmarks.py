@@ -23,6 +23,7 @@ from benchmarks import (
     scaling,
     step_memory,
     timed_predict,
+    timing,
 )
 from benchmarks.common import Results
 from benchmarks.products import share_of_products
@@ -124,8 +125,25 @@ def test_missing_monai_is_installed_beside_the_environment(tmp_path, monkeypatch
 def test_memory_of_a_step_is_that_of_its_tensors():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux can reset the peak")
-    megabytes = step_memory.peak_memory("tests.test_step_benchmarks:fill", 200, threads=1) / 1e6
-    assert 195 < megabytes < 230
+    arms = {str(megabytes): ("tests.test_step_benchmarks:fill", megabytes) for megabytes in (200, 400)}
+    found = step_memory.peak_memories(arms, 2, threads=1)
+    assert {arm: len(samples) for arm, samples in found.items()} == {"200": 2, "400": 2}
+    assert all(int(arm) - 5 < each / 1e6 < int(arm) + 30 for arm, samples in found.items() for each in samples)
+
+
+def test_memory_of_several_processes_is_their_median_and_range():
+    figures = step_memory.memory_figures([2_000_000_000, 1_000_000_000, 5_000_000_000])
+    assert figures["peak_memory_bytes"] == 2_000_000_000
+    assert step_memory.memory_figures([])["peak_memory_bytes"] is None
+    once = {"parameters": 1e6, **timing.summarise([timing.Sample(1.0, 2.0)])}
+    once["ratio"] = timing.paired_ratio([timing.Sample(1.0, 2.0)], [timing.Sample(1.0, 2.0)])
+
+    def cell(samples: list[int]) -> str:
+        arms = {"ours": once | step_memory.memory_figures(samples)}
+        return timing.step_table(arms, "ours").split("|")[-2].strip()
+
+    assert cell([2_000_000_000, 1_000_000_000, 5_000_000_000]) == "2.00 (1.00-5.00)"
+    assert cell([7_000_000_000]) == "7.00" and cell([]) == "-"
 
 
 def fill(megabytes: int) -> Any:
