@@ -236,7 +236,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "arithmetic": lambda: _one("arithmetic", arithmetic),
     "accuracy_hippocampus": lambda: _accuracy("hippocampus"),
     "accuracy_hour": lambda: _accuracy("hippocampus", HOUR),
-    "residual_errors": lambda: _one("residual_errors", residual_errors),
+    "residual_errors": lambda: _fenced(_one("residual_errors", residual_errors)),
     "tuning_hippocampus": lambda: _other_accuracy("full/hippocampus/fold1/5min/"),
     "tuning_width": lambda: _other_accuracy("full/hippocampus/fold1/20min/"),
     "tuning_acdc": lambda: _other_accuracy("full/acdc/fold1/10min/"),

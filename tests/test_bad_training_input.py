@@ -133,6 +133,13 @@ def test_missing_folders_and_cases_name_the_remedy(
         tiny.make_trainer(UMITTrainer, plans).run_training()
     fingerprint.write_text(json.dumps({"shapes_after_crop": [[18, 20, 22]] * 4}))
     tiny.make_trainer(UMITTrainer, plans).initialize()
+    half = case_file(nnunet_env.preprocessed, 0).with_suffix(".pkl")
+    content = half.read_bytes()
+    half.unlink()  # nnU-Net writes it after the image: a kill in between leaves a file of the right size and no voxels
+    for trainer_class in (UMITTrainer, UMITPretrainTrainer):
+        with pytest.raises(FileNotFoundError, match=f"3 of 4 preprocessed cases in .*; run: {command}; if .* --clean"):
+            tiny.make_trainer(trainer_class, plans).initialize()
+    half.write_bytes(content)
     fingerprint.unlink()
     tiny.make_trainer(UMITTrainer, plans).initialize()
     (nnunet_env.preprocessed / tiny.NAME / "UMITPlans_3d_fullres").rename(nnunet_env.preprocessed / "elsewhere")

@@ -272,6 +272,36 @@ def test_a_place_that_is_taken_is_refused(nnunet_env: Folders, tmp_path: Path) -
     assert [path.name for path in nnunet_env.raw.iterdir()] == [NAME]
 
 
+def test_a_linked_dataset_is_replaced_and_what_the_link_led_to_stays(tmp_path: Path) -> None:
+    make_good(tmp_path / "scans", 3)
+    first = start(tmp_path / "scans", tmp_path / "raw")
+    target, disk = tmp_path / "raw" / NAME, tmp_path / "disk"
+    disk.mkdir()
+    for attempt in range(2):
+        shutil.move(target, disk / str(attempt))
+        target.symlink_to(disk / str(attempt))
+        again = start(tmp_path / "scans", tmp_path / "raw", overwrite=True)
+        assert again.exit_code == 0 and names(again) == names(first)
+        assert not target.is_symlink() and (disk / str(attempt) / "dataset.json").is_file()
+        assert [path.name for path in target.parent.iterdir()] == [NAME]
+
+
+def test_verdicts_go_when_the_dataset_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill before that must not cost them."""
+    make_good(tmp_path / "scans", 3)
+    rename = os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "scans", tmp_path / "raw")
+    monkeypatch.setattr(os, "rename", rename)
+    again = start(tmp_path / "scans", tmp_path / "raw")
+    assert again.resumed == 3 and not list((tmp_path / "raw" / NAME).glob(".*"))
+
+
 @pytest.mark.parametrize(("number", "name"), [(0, "x"), (1000, "x"), (5, ""), (5, "a b"), (5, "../x"), (5, "_x")])
 def test_names_that_nnunet_would_not_find(number: int, name: str) -> None:
     with pytest.raises(RequestError):

@@ -1,6 +1,9 @@
 """Trainings that are killed, continued or begun anew: nothing learned is lost, nothing wrong is continued."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,12 @@ import torch
 from tiny_training import Killed, equal, folder_of, kill_at, log_of, weights
 
 from nnunet_umit.architectures.transfer import load_state
+from nnunet_umit.trainers import base
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.checkpoint import CheckpointError, read_checkpoint
 from nnunet_umit.trainers.finetune import UMITTrainer
 from nnunet_umit.trainers.pretrain import UMITPretrainTrainer
+from nnunet_umit.trainers.resume import LOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,6 +168,101 @@ def test_starting_again_and_again_loses_no_epoch_and_no_model(prepare: Callable[
     finished = {"old_checkpoint_final.pth", "old_checkpoint_final_2.pth"}
     assert finished <= {file.name for file in folder.glob("*.pth")}
     assert [read_checkpoint(folder / name)["current_epoch"] for name in sorted(finished)] == [4, 4]
+
+
+def test_a_start_of_another_training_takes_no_epoch_away(prepare: Callable[..., dict]) -> None:
+    """Nine hours from other weights, or of another plan, are not those of this one."""
+    plans = prepare(finetune={"epochs": 4})
+    for rate, until in ((0.001, 9), (0.002, 5), (0.002, 9), (0.001, 0)):
+        plans["configurations"]["3d_fullres"]["umit"]["finetune"]["learning_rate"] = rate
+        trainer = tiny.make_trainer(UMITTrainer, plans)
+        kill_at(trainer, until)
+        with pytest.raises(Killed):
+            trainer.run_training()
+    folder = folder_of(trainer)
+    kept = [read_checkpoint(file) for file in sorted(folder.glob("old_checkpoint_latest*.pth"))]
+    assert [(each["umit"]["config"]["finetune"]["learning_rate"], each["current_epoch"]) for each in kept] == [
+        (0.001, 3),
+        (0.002, 3),
+    ]
+    tiny.make_trainer(UMITTrainer, plans).run_training()
+    best = (folder / checkpoints.BEST).read_bytes()
+    kill_at(trainer := tiny.make_trainer(UMITTrainer, plans), 0)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    assert best in [file.read_bytes() for file in folder.glob("old_checkpoint_best*.pth")], "of a finished model"
+
+
+def test_nothing_is_moved_before_all_is_decided(prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else --c after a kill in between continues what was left."""
+    plans = prepare()
+    for _ in range(2):
+        tiny.make_trainer(UMITTrainer, plans).run_training()
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    before = sorted(file.name for file in folder_of(trainer).glob("*.pth"))
+
+    def killed(path: Path, finished: bool) -> None:
+        if path.name == checkpoints.BEST:
+            raise Killed
+
+    monkeypatch.setattr(checkpoints, "aside", killed)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    assert sorted(file.name for file in folder_of(trainer).glob("*.pth")) == sorted([*before, checkpoints.FIRST])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX locks")
+def test_a_second_training_in_the_same_folder_is_refused(prepare: Callable[..., dict]) -> None:
+    trainer = tiny.make_trainer(UMITTrainer, prepare())
+    lock = folder_of(trainer) / LOCK
+    hold = f"import fcntl, sys; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()  # it has the lock
+    with pytest.raises(CheckpointError, match="another training is running in .*fold_all"):
+        trainer.run_training()
+    assert not list(folder_of(trainer).glob("*.pth"))
+    other.kill()
+    other.communicate()
+    tiny.make_trainer(UMITTrainer, prepare()).run_training()
+
+
+def test_a_trial_does_not_replace_the_validation_of_a_finished_model(prepare: Callable[..., dict]) -> None:
+    plans = prepare()
+    tiny.make_trainer(UMITTrainer, plans).run_training()
+    trial = tiny.make_trainer(UMITTrainer, plans)
+    trial.disable_checkpointing = True
+    with pytest.raises(CheckpointError, match=r"holds a finished model.*--disable_checkpointing"):
+        trial.run_training()
+
+
+def test_ranks_wait_for_the_last_checkpoints(prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net reads the best one at once where --val_best was given, in every process."""
+    trainer = tiny.make_trainer(UMITTrainer, prepare())
+    trainer.run_training()
+    there: list[bool] = []
+    final = folder_of(trainer) / checkpoints.FINAL
+    final.unlink()
+    monkeypatch.setattr(trainer, "is_ddp", True)
+    monkeypatch.setattr(base.distributed, "barrier", lambda: there.append(final.is_file()))
+    trainer.on_train_end()
+    assert there == [True]
+
+
+def test_a_loader_that_dies_during_a_step_is_explained(
+    prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.make_trainer(UMITTrainer, prepare())
+
+    def die(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(trainer, "train_step", die)
+    with pytest.raises(RuntimeError, match="nnUNet_n_proc_DA below"):
+        trainer.run_training()
+    monkeypatch.setattr(checkpoints.torch, "save", die)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        trainer.save_checkpoint(str(folder_of(trainer) / "some.pth"))
 
 
 def test_a_full_disk_at_the_start_leaves_the_former_training_where_it_is(

@@ -75,6 +75,20 @@ def test_a_killed_tokenizer_continues_exactly(prepare: Callable[..., dict], opti
     assert again.history["perplexity"] == expected[2]["perplexity"]
 
 
+@pytest.mark.parametrize("decays", [(0.05, 0.0), (0.0, 0.05)])
+def test_weight_decay_of_a_continued_tokenizer_may_be_switched(
+    prepare: Callable[..., dict], decays: tuple[float, float]
+) -> None:
+    plans = prepare(tokenizer={"weight_decay": decays[0]})
+    tiny.make_trainer(UMITTokenizerTrainer, plans).run_training()
+    section = plans["configurations"]["3d_fullres"]["umit"]["tokenizer"]
+    section.update(weight_decay=decays[1], epochs=section["epochs"] + 1)
+    longer = tiny.make_trainer(UMITTokenizerTrainer, plans, resume=True)
+    longer.load_checkpoint(str(folder_of(longer) / "checkpoint_final.pth"))
+    assert [group["weight_decay"] for group in longer.optimizer.param_groups[:2]] == [decays[1], 0.0]
+    longer.run_training()
+
+
 def test_killed_soft_token_pretraining_needs_nothing_but_its_checkpoint(prepare: Callable[..., dict]) -> None:
     plans = prepare(pretrain={"epochs": 3})
     source = finished_tokenizer(plans) / "checkpoint_final.pth"

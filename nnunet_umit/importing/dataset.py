@@ -114,16 +114,25 @@ def prune(staging: Path, cases: Iterable[Case]) -> None:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Move the finished dataset to its place; an older import there is replaced, and gone only afterwards."""
-    (staging / JOURNAL).unlink(missing_ok=True)
+    """Move the finished dataset to its place; an older import there is replaced, and gone only afterwards.
+
+    The verdicts go last: until the dataset is in its place the same request goes on from them.
+    """
     old = staging.with_name(staging.name + "-replaced")
-    if old.exists():
-        shutil.rmtree(old)
+    _remove(old)
     if target.exists():
         os.rename(target, old)
     os.rename(staging, target)
-    if old.exists():
-        shutil.rmtree(old)
+    (target / JOURNAL).unlink(missing_ok=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a dataset; of a link to one only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def count(rejections: Iterable[Rejection]) -> dict[Kind, int]:

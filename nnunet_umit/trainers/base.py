@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 
 from nnunet_umit.trainers import checkpoint as checkpoints
-from nnunet_umit.trainers.batches import derive_seed
+from nnunet_umit.trainers.batches import derive_seed, explain_death, loader_died
 from nnunet_umit.trainers.cpu import keep_freed_memory, use_own_cores
 from nnunet_umit.trainers.guard import NonFiniteGuard, agreed
 from nnunet_umit.trainers.loading import LoadingTrainer
@@ -182,6 +182,10 @@ class UMITBaseTrainer(LoadingTrainer):
             torch.backends.cudnn.benchmark = False  # nnU-Net's, for shapes that never change: here batches differ
         try:
             super().run_training()
+        except RuntimeError as error:
+            if loader_died(error):  # in the middle of a step
+                raise explain_death(self.dataloader_train.workers) from error
+            raise
         finally:
             self.progress.stop()
             for stream in (self.dataloader_train, self.dataloader_val):
@@ -200,6 +204,7 @@ class UMITBaseTrainer(LoadingTrainer):
         report = getattr(self.unwrapped(), "transfer_report", None)
         if report is not None:
             self.print_to_log_file(f"pre-trained weights: {report}", also_print_to_console=False)  # printed already
+        self.hold_folder()
         self.require_equal_start()
         if not self.continued:
             self.begin_folder()
@@ -233,6 +238,8 @@ class UMITBaseTrainer(LoadingTrainer):
         super().on_train_end()
         if self.local_rank == 0:
             (Path(self.output_folder) / checkpoints.PREVIOUS).unlink(missing_ok=True)
+        if self.is_ddp:
+            distributed.barrier()  # --val_best reads next, in all processes, what this one has just written
 
     def on_train_epoch_start(self) -> None:
         """Learning rates are set before every step; here they are logged."""

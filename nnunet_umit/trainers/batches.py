@@ -193,11 +193,8 @@ class BatchStream:
             return next(self._iterator)
         except RuntimeError as error:
             self.close()
-            if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-                raise RuntimeError(
-                    f"a process that prepares {self.batches.stream} batches was killed, most often because the memory "
-                    f"ran out; set nnUNet_n_proc_DA below {self.workers} (0: no extra process) and continue with --c"
-                ) from error
+            if loader_died(error):
+                raise explain_death(self.workers) from error
             raise
 
     def _loader(self) -> DataLoader:
@@ -219,6 +216,21 @@ class BatchStream:
         self._iterator = None
         if shutdown is not None:
             shutdown()
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether torch tells with an error that a loader process is dead: where the main process waits for a batch, or by
+    a signal, wherever it happens to be."""
+    text = str(error)
+    return "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
+
+
+def explain_death(workers: int) -> RuntimeError:
+    """What a user can do about it."""
+    return RuntimeError(
+        "a process that prepares batches was killed, most often because the memory ran out; set nnUNet_n_proc_DA below "
+        f"{workers} (0: no extra process) and continue with --c"
+    )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nnunet_umit.files import replace
+from nnunet_umit.trainers.batches import loader_died
 
 FORMAT = 1
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
@@ -102,6 +103,8 @@ def atomic_save(content: Mapping[str, Any], path: str | Path, *, previous: str |
         replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
+        if loader_died(error):  # torch tells it wherever the main process happens to be
+            raise
         raise CheckpointError(
             f"could not write {path}: {error}. The file that was there before is intact; check the disk "
             f"({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free) and continue with --c"
@@ -148,29 +151,43 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def set_aside(path: Path) -> str:
-    """Rename what a former training left, ``old_<name>``; returns what it is called now.
+def aside(path: Path, finished: bool) -> Path | None:
+    """Where something that a former training left goes: ``old_<name>``, numbered where that is taken.
 
-    Of checkpoints that began and did not end, the one with more epochs is kept. All else is numbered.
+    Checkpoints of one training that was begun again and again and did not end share a place: the one with most epochs
+    keeps it.
+
+    Args:
+        path: what was left.
+        finished: whether that training ended; its best model is numbered like its final one.
+
+    Returns:
+        The place, or None where ``path`` is worth nothing: no epoch is done, or one of the same training is further.
     """
-    old = path.with_name(f"old_{path.name}")
-    number = 2
-    while path.name not in (BEST, LATEST) and old.exists():
-        old = path.with_name(f"old_{path.stem}_{number}{path.suffix}")
+    began = None if finished or path.name not in (BEST, LATEST) else _readable(path)
+    if began is not None and began["current_epoch"] == 0:
+        return None
+    number, old = 1, path.with_name(f"old_{path.name}")
+    while old.exists():
+        former = None if began is None else _readable(old)
+        if began is not None and former is not None and _what_is_trained(began) == _what_is_trained(former):
+            return None if former["current_epoch"] > began["current_epoch"] else old
         number += 1
-    if old.exists() and _epochs(old) > _epochs(path):
-        path.unlink()
-        return f"gone, as {old.name} has more epochs"
-    replace(path, old)
-    return old.name
+        old = path.with_name(f"old_{path.stem}_{number}{path.suffix}")
+    return old
 
 
-def _epochs(path: Path) -> int:
-    """Epochs that are done in a checkpoint; -1 where it cannot be read."""
+def _readable(path: Path) -> dict[str, Any] | None:
+    """Content of a checkpoint, None where it cannot be read."""
     try:
-        return int(read_checkpoint(path)["current_epoch"])
+        return read_checkpoint(path)
     except CheckpointError:
-        return -1
+        return None
+
+
+def _what_is_trained(content: dict[str, Any]) -> tuple[Any, ...]:
+    """What two starts of the same command have in common."""
+    return tuple(content["umit"][name] for name in ("section", "config", "architecture", "transfer"))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

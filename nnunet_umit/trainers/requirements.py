@@ -134,7 +134,9 @@ def require_cases(trainer: Any) -> None:
             "can only be pre-trained on (-tr UMITPretrainTrainer); fine-tune one of its datasets"
         )
     images = {file.stem for kind in ("b2nd", "npz") for file in folder.glob(f"*.{kind}")}
-    done = len([name for name in images if not name.endswith("_seg")])
+    images = {name for name in images if not name.endswith("_seg")}
+    properties = {file.stem for file in folder.glob("*.pkl")}  # written last: without them an image may be half there
+    done = len(images & properties if properties else images)
     planned = len(read_json(folder.parent / "dataset_fingerprint.json").get("shapes_after_crop", []))
     if not done or done < planned:
         number, name = number_of(trainer.plans_manager.dataset_name), trainer.plans_manager.plans_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,13 @@ from nnunet_umit.files import replace
 from nnunet_umit.trainers import checkpoint as checkpoints
 from nnunet_umit.trainers.guard import NonFiniteGuard
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 COMMAND = "command: "  # begins the line of the log that holds the command line
+LOCK = ".training.lock"
 LEFT = ("validation", ENCODER_FILE, CARD_FILE)  # what a training leaves beside its checkpoints
 HOW_ONLY = ("checkpointing", "cpu_bfloat16")  # arguments of the network that change no weight
 
@@ -44,17 +51,45 @@ class ResumableTrainer(nnUNetTrainer):
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return getattr(network, "_orig_mod", network)
 
+    def hold_folder(self) -> None:
+        """Keep the folder of the results for this process until it ends, however it ends (POSIX systems only).
+
+        Raises:
+            CheckpointError: another process trains there.
+        """
+        if self.local_rank != 0 or fcntl is None:
+            return
+        self._held = open(Path(self.output_folder) / LOCK, "w", encoding="ascii")  # open until the end
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process only: loaders do not inherit it
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                self.print_to_log_file(f"{self.output_folder} cannot be locked ({error}): train there only once")
+                return
+            raise checkpoints.CheckpointError(
+                f"another training is running in {self.output_folder}; two would overwrite each other's checkpoints. "
+                "Wait for it or stop it, or set nnUNet_results to another folder"
+            ) from error
+
     def begin_folder(self) -> None:
         """A new training: refuse a lost continuation, write the first checkpoint, move what a former one left aside.
 
-        Of former ones, finished models are all kept, and of what began and did not end the one with most epochs: a job
-        that is started again and again without ``--c`` must not replace days by minutes. Its validation goes aside, as
-        nnU-Net scores every file that lies there; so do the encoder and its card.
+        Of former ones, finished models are all kept, and of starts of the same training that did not end the one with
+        most epochs: a job that is started again and again without ``--c`` must not replace days by minutes. Its
+        validation goes aside, as nnU-Net scores every file that lies there; so do the encoder and its card. All is
+        decided before anything is moved: a kill in between would leave ``--c`` a former training to continue.
 
         Raises:
-            CheckpointError: ``--c`` in a folder where a training began but left no checkpoint.
+            CheckpointError: ``--c`` in a folder where a training began but left no checkpoint; or no checkpoints are
+                wanted in the folder of a finished model, whose validation would be replaced.
         """
         folder = Path(self.output_folder)
+        if self.local_rank == 0 and self.disable_checkpointing and (folder / checkpoints.FINAL).is_file():
+            raise checkpoints.CheckpointError(
+                f"{folder} holds a finished model; with --disable_checkpointing it would stay, and its validation "
+                "would be replaced by that of a network that is not kept. Train without it (the finished model is "
+                "moved aside), or set nnUNet_results to another folder for the trial"
+            )
         if self.local_rank == 0 and not self.disable_checkpointing:
             own = Path(self.log_file).name  # nnU-Net joins its path as the environment variable is written
             logs = [log for log in folder.glob("training_log_*.txt") if log.name != own]
@@ -70,10 +105,17 @@ class ResumableTrainer(nnUNetTrainer):
             self.current_epoch -= 1  # a checkpoint names the epoch after the present one
             self.save_checkpoint(os.path.join(folder, checkpoints.FIRST))  # nothing is moved if the disk is full
             self.current_epoch += 1
-            for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LATEST, *LEFT):
-                if (folder / name).exists():
-                    now = checkpoints.set_aside(folder / name)
-                    self.print_to_log_file(f"a former training is in this folder; its {name} is now {now}")
+            finished = (folder / checkpoints.FINAL).is_file()
+            left = [folder / name for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LATEST, *LEFT)]
+            moves = [(path, checkpoints.aside(path, finished)) for path in left if path.exists()]
+            for path, old in moves:
+                if old is None:
+                    path.unlink()
+                    now = "gone: no epoch was done, or the old one of the same training has more"
+                else:
+                    replace(path, old)
+                    now = f"now {old.name}"
+                self.print_to_log_file(f"a former training is in this folder; its {path.name} is {now}")
             (folder / checkpoints.PREVIOUS).unlink(missing_ok=True)
             replace(folder / checkpoints.FIRST, folder / checkpoints.LATEST)
         if self.is_ddp:

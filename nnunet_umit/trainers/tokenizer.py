@@ -74,13 +74,13 @@ class UMITTokenizerTrainer(SelfSupervisedTrainer):
             parts.append((network.discriminator, config.discriminator_learning_rate))
         groups = []
         for part, rate in parts:
-            kinds: dict[float, list[nn.Parameter]] = {config.weight_decay: [], 0.0: []}
+            kinds: dict[bool, list[nn.Parameter]] = {False: [], True: []}  # two groups, also where both decays are 0
             for name, parameter in part.named_parameters():
                 plain = is_vector(parameter) or name.endswith("codebook")  # decay would only shrink what they mean
-                kinds[0.0 if plain else config.weight_decay].append(parameter)
+                kinds[plain].append(parameter)
             groups += [
-                {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay}
-                for decay, chosen in kinds.items()
+                {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": 0.0 if plain else config.weight_decay}
+                for plain, chosen in kinds.items()
             ]
         return groups
 
