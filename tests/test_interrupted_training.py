@@ -213,10 +213,11 @@ def test_nothing_is_moved_before_all_is_decided(prepare: Callable[..., dict], mo
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX locks")
 def test_a_second_training_in_the_same_folder_is_refused(prepare: Callable[..., dict]) -> None:
-    trainer = tiny.make_trainer(UMITTrainer, prepare())
-    lock = folder_of(trainer) / LOCK
-    hold = f"import fcntl, sys; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    plans = prepare()
+    trainer = tiny.make_trainer(UMITTrainer, plans)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(folder_of(trainer) / LOCK)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     other.stdout.readline()  # it has the lock
     with pytest.raises(CheckpointError, match="another training is running in .*fold_all"):
@@ -224,7 +225,7 @@ def test_a_second_training_in_the_same_folder_is_refused(prepare: Callable[..., 
     assert not list(folder_of(trainer).glob("*.pth"))
     other.kill()
     other.communicate()
-    tiny.make_trainer(UMITTrainer, prepare()).run_training()
+    tiny.make_trainer(UMITTrainer, plans).run_training()
 
 
 def test_a_trial_does_not_replace_the_validation_of_a_finished_model(prepare: Callable[..., dict]) -> None:
