@@ -98,6 +98,22 @@ class BudgetMixin:
             group["lr"] = group["base_lr"] * factor
         return factor
 
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One step; of a stock trainer with the learning rate of its moment.
+
+        nnU-Net sets it once an epoch. With a thousand epochs that is a smooth curve; with the 4 to 40 that fit here a
+        warm-up would be over after the first, and the last one would still run at up to a third of the first rate.
+        """
+        if hasattr(self.lr_scheduler, "factor"):
+            return dict(super().train_step(batch))  # type: ignore[misc]
+        from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler
+
+        done = self.current_epoch + (self.step_in_epoch + 0.5) / self.num_iterations_per_epoch
+        rises = isinstance(self.lr_scheduler, Lin_incr_LRScheduler)  # it adds one epoch to what it is told
+        self.lr_scheduler.step(done - 1 if rises else done)
+        self.step_in_epoch += 1
+        return dict(super().train_step(batch))  # type: ignore[misc]
+
     def iteration(self) -> int:
         """UMIT's count of steps over the whole training, where epochs differ in length."""
         return self._steps_done + self.step_in_epoch

@@ -6,7 +6,7 @@ an hour), nnU-Net's own validation predictions are held against the labels and a
 - of which kind the wrong voxels are (missed, added, one structure taken for the other), and how many lie beside a voxel
   to which the reference gives the predicted label: moving its border by one voxel would make those right;
 - Dice between the predictions of two trainings, the correlation of their Dice over the cases, and Dice of their vote:
-  what trainings do not share, averaging removes; what they share lies in data, labels or method;
+  what trainings do not share, a vote removes; what they share lies in data, labels or method;
 - Dice of the reference with itself moved by one voxel, as a measure for all of these.
 
 No claim: this explains a figure. Nothing is trained.
@@ -139,7 +139,7 @@ def check_stored(trainings: Mapping[str, Mapping[str, Any]], stored: Mapping[str
     for name, each in trainings.items():
         key = key_of(name)
         told = stored[key]["dice"]["mean"] if key in stored else None
-        if told is None or abs(told - each["dice"]) > 1e-6:
+        if told is None or not abs(told - each["dice"]) <= 1e-6:
             raise ValueError(
                 f"the work folder holds a training of Dice {each['dice']:.6f} for {key}, accuracy.json "
                 f"{'none' if told is None else f'one of {told:.6f}'}; give the --work folder of that one or train again"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 
 from benchmarks import (
     accuracy,
@@ -135,6 +136,51 @@ def test_training_ends_with_the_budget_and_so_does_the_schedule(monkeypatch):
     kept = trainer.report["kept"]
     assert [each["wall_s"] for each in kept] == pytest.approx([60.0, 160.0], abs=10), "at the ends of epochs"
     assert trainer.saved == [Path(each["checkpoint"]).name for each in kept], "and the clock stood meanwhile"
+
+
+class FakeStock(FakeTrainer):
+    """As nnU-Net does it: the rate is set once an epoch, and a warm-up has a schedule of its own."""
+
+    WARM_UP = 2
+
+    def initialize(self) -> None:
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self.lr_scheduler = Lin_incr_LRScheduler(self.optimizer, 1.0, self.WARM_UP)
+        self.rates: list[float] = []
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.WARM_UP:
+            self.lr_scheduler = PolyLRScheduler_offset(self.optimizer, 1.0, self.num_epochs, self.WARM_UP)
+        self.lr_scheduler.step(self.current_epoch)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.clock.now += 1.0
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        return {}
+
+    def run(self) -> None:
+        self.initialize()
+        self.on_train_start()
+        for _ in range(self.num_epochs):
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            self.on_train_epoch_end([self.train_step({}) for _ in range(self.num_iterations_per_epoch)])
+            self.on_epoch_end()
+        self.on_train_end()
+
+
+def test_stock_schedules_rise_and_fall_within_epochs(monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr(budgeted_training, "time", clock)
+    trainer: Any = budgeted_training.budgeted(FakeStock, budget_s=100.0, step_s=1.0, overhead_s=0.5)(clock)
+    trainer.run()
+    first, *_, last = [epoch["iterations"] for epoch in trainer.report["epochs"]]
+    rates, top = trainer.rates, max(trainer.rates)
+    rising = rates[: rates.index(top) + 1]
+    assert rates[0] == pytest.approx(0.5 / first / 2) and rates[first] == pytest.approx(0.5 + 0.5 / first / 2, rel=0.02)
+    assert rising == sorted(rising) and top > 0.97 and 17 <= len(rising) <= 22, "two of ten epochs"
+    assert rates[len(rising) - 1 :] == sorted(rates[len(rising) - 1 :], reverse=True)
+    assert rates[-1] == pytest.approx((0.5 / last / 8) ** 0.9)
 
 
 def test_plans_are_copied_under_another_name_and_edited(tmp_path):

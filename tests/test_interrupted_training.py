@@ -193,6 +193,20 @@ def test_a_start_of_another_training_takes_no_epoch_away(prepare: Callable[..., 
     assert best in [file.read_bytes() for file in folder.glob("old_checkpoint_best*.pth")], "of a finished model"
 
 
+def test_where_a_former_checkpoint_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, same = tmp_path / checkpoints.BEST, dict.fromkeys(("section", "config", "architecture", "transfer"))
+    epochs = {best.name: 3, f"old_{best.name}": 5}
+    monkeypatch.setattr(checkpoints, "_readable", lambda file: {"current_epoch": epochs[file.name], "umit": same})
+    (tmp_path / f"old_{best.name}").touch()
+    assert checkpoints.aside(best, finished=False) is None
+    assert checkpoints.aside(best, finished=True) == tmp_path / "old_checkpoint_best_2.pth"
+    epochs[best.name] = 5
+    assert checkpoints.aside(best, finished=False) == tmp_path / f"old_{best.name}"
+    (tmp_path / f"old_{best.name}").unlink()
+    epochs[best.name] = 0
+    assert checkpoints.aside(best, finished=False) is None, "nothing is lost"
+
+
 def test_nothing_is_moved_before_all_is_decided(prepare: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else --c after a kill in between continues what was left."""
     plans = prepare()
@@ -262,7 +276,7 @@ def test_a_loader_that_dies_during_a_step_is_explained(
     with pytest.raises(RuntimeError, match="nnUNet_n_proc_DA below"):
         trainer.run_training()
     monkeypatch.setattr(checkpoints.torch, "save", die)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(RuntimeError, match="^DataLoader worker"):
         trainer.save_checkpoint(str(folder_of(trainer) / "some.pth"))
 
 
