@@ -249,9 +249,13 @@ def measure(batch: int, plan: dict[str, Any], repeats: int, quick: bool, kept: b
 def report(run: dict[str, Any]) -> str:
     """Table of one measurement and whether the claims hold."""
     size, ours = " x ".join(map(str, run["patch_size"])), run["arms"]["UMIT"]
+    named = {}
+    for arm, found in run["arms"].items():
+        own = " x ".join(map(str, found["patch_size"]))
+        named[arm if own == size else f"{arm}, {own}"] = found
     lines = [
         f"batch {run['batch_size']}, patch {size}, {run['threads']} threads, {ours['repeats']} paired repeats",
-        step_table(run["arms"], "PlainConvUNet"),
+        step_table(named, "PlainConvUNet"),
         f"UMIT / PlainConvUNet, CPU seconds = {verdict(ours['ratio']['cpu']['median'], BAR)}",
     ]
     if "ratio_to_primus_s" in ours:

@@ -153,10 +153,12 @@ def _step_rows() -> list[tuple[str, str, str]]:
         rows.append(
             ("The same, Primus-S against PlainConvUNet", f"{arms['Primus-S']['ratio']['cpu']['median']:.3f} x", command)
         )
-    command = "python -m benchmarks.mae_step --full"
     for tokens in mae_step.IMAGES:
         run = runs_of("mae_step").get(f"full/tokens{tokens}/threads2")
         if run:
+            command = "python -m benchmarks.mae_step --full"
+            if "--repeats" in run["options"]:
+                command += f" --tokens {tokens} --repeats {run['arms'][mae_step.OURS]['repeats']}"
             for arm, name in (
                 (mae_step.OURS, "a decoder as large as MONAI's"),
                 ("UMIT, narrow decoder", "our default, narrow decoder"),
