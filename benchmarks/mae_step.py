@@ -2,10 +2,10 @@
 
 Equal: image, tokens, encoder width, depth and heads, weights of the MLP (MONAI 4 x width and two matrices, ours 8/3 x
 width and three), decoder width, depth and heads, mask ratio 0.75, batch 2 (1 with 4096 tokens), fp32, per-patch
-normalised mean squared error over hidden tokens, optimiser torch.optim.AdamW(lr 1.5e-4, betas (0.9, 0.95), weight decay 0.05, fused) over all
-parameters. A step is masking, forward, loss, backward, optimiser. Extra rows: ours with its own narrow decoder, with
-the patch stem and with the conv stem that the planner chooses. Peak memory: two steps in a process of their own,
-the median of three processes.
+normalised mean squared error over hidden tokens, optimiser torch.optim.AdamW(lr 1.5e-4, betas (0.9, 0.95), weight decay
+0.05, fused) over all parameters. A step is masking, forward, loss, backward, optimiser. Extra rows: ours with its own
+narrow decoder, with the patch stem and with the conv stem that the planner chooses. Peak memory: two steps in a process
+of their own, the median of three processes.
 
 Where the CPU has avx512_bf16 or AMX, one more row is ours at equal size with the transformer's products in bfloat16.
 
