@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     todo = []
     for seed, arm in seeds_of(options, task):
         key = f"{prefix}seed{seed}/{arm}{tagged(options) if arm not in STOCK else ''}"
-        if results.left(key):
+        if results.left(key, values={} if arm in STOCK else umit_values(options)):
             todo.append((seed, arm, key))
     settings = {name: getattr(options, name) for name in ("quick", "threads", "set", "pretrain_share", "planner")}
     benches = {

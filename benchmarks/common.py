@@ -239,9 +239,23 @@ class Results:
             )
         return run
 
-    def left(self, key: str, settings: Mapping[str, Any] | None = None) -> bool:
-        """Whether a run is still to be made; ``settings`` and errors as in :meth:`get`."""
-        return key not in self.made if self.again else self.get(key, settings) is None
+    def left(
+        self, key: str, settings: Mapping[str, Any] | None = None, values: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Whether a run is still to be made; ``settings`` and errors as in :meth:`get`.
+
+        Args:
+            values: of the plans' umit block (:func:`umit_values`); a stored run that had others is refused, too.
+        """
+        if self.again:
+            return key not in self.made
+        run = self.get(key, settings)
+        if run is not None and values is not None and run.get("umit_values", values) != values:
+            raise ValueError(
+                f"{self.path.name} has {key} with {run['umit_values'] or 'no --set'}, and now {values or 'none'} is "
+                "asked for; give another --tag, or --again"
+            )
+        return run is None
 
     def put(self, key: str, run: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
         """Store one finished run, with the options of the command that made it, and write the file.

@@ -65,7 +65,8 @@ class Methods(FewLabels):
     def pretrain(self, dataset: str, method: str) -> str:
         """Pre-train if that is not done; returns the key."""
         key = f"{self.prefix}{dataset}/{self.named(method)}"
-        if not self.results.left(key):
+        asked = umit_values(self.options) if self.own_values() else {}
+        if not self.results.left(key, values=asked):
             return key
         say(f"{key} ...")
         bench = self.bench(dataset, 1, self.minutes)
@@ -80,7 +81,6 @@ class Methods(FewLabels):
             values, seconds = {"pretrain.tokenizer": stages[0]["checkpoint"]}, (1 - share) * seconds
         stages.append(bench.stage(folder, "pretrain", METHODS[method], PLANS, seconds, values=values, validate=True))
         described = {"dataset": dataset, "method": self.named(method), "minutes": self.minutes}
-        asked = umit_values(self.options) if self.own_values() else {}
         described |= {"cores": self.options.threads, "umit_values": asked}
         described |= {"figures": [stage["figures"] for stage in stages], **totals(stages)}
         self.results.put(key, described | {"everything_s": time.perf_counter() - started, **provenance()})
@@ -89,10 +89,10 @@ class Methods(FewLabels):
     def compare(self, dataset: str, labelled: int, seed: int, arm: str) -> None:
         """Fine-tune one arm if that is not done, after its pre-training."""
         key = f"{self.prefix}{dataset}/{labelled or 'all'}/seed{seed}/{arm}{tagged(self.options)}"
-        if self.results.left(key):
+        asked = umit_values(self.options)
+        if self.results.left(key, values=asked):
             weights = self.checkpoint(dataset, arm) if arm in METHODS else None
             minutes = self.tuning + (self.minutes if arm == "scratch+" else 0.0)
-            asked = umit_values(self.options)
             self.finetune(key, dataset, labelled, seed, minutes, weights, arm=arm, umit_values=asked)
 
     def checkpoint(self, dataset: str, method: str) -> str:

@@ -93,6 +93,17 @@ def test_what_is_left_to_run(tmp_path):
     assert not repeated.left("one") and repeated.left("two"), "made in this invocation"
 
 
+def test_a_tag_stands_for_one_set_of_values(tmp_path):
+    results = Results("name", "claim", tmp_path)
+    results.put("older", {})
+    results.put("one+a", {"umit_values": {"finetune.learning_rate": 0.002}})
+    assert not results.left("one+a", values={"finetune.learning_rate": 0.002})
+    assert not results.left("older", values={"finetune.learning_rate": 0.004}), "it does not tell"
+    for values in ({"finetune.learning_rate": 0.004}, {}):
+        with pytest.raises(ValueError, match=r"one\+a with .*0\.002.*give another --tag"):
+            results.left("one+a", values=values)
+
+
 def test_what_another_process_stored_meanwhile_is_kept(tmp_path):
     one, other = Results("name", "claim", tmp_path), Results("name", "claim", tmp_path)
     one.put("of one", {})
