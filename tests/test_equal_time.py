@@ -88,6 +88,12 @@ class FakeTrainer:
     def on_train_epoch_start(self) -> None:
         self.step_in_epoch = 0
 
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.lr_scheduler.step(self.iteration())
+        self.clock.now += 3.0 if 4 <= self.current_epoch < 7 else 1.0
+        self.step_in_epoch += 1
+        return {}
+
     def on_train_epoch_end(self, outputs: list[Any]) -> None: ...
 
     def on_epoch_end(self) -> None:
@@ -104,13 +110,7 @@ class FakeTrainer:
         for _ in range(self.num_epochs):
             self.on_epoch_start()
             self.on_train_epoch_start()
-            outputs = []
-            for _ in range(self.num_iterations_per_epoch):
-                self.lr_scheduler.step(self.iteration())
-                self.clock.now += 3.0 if 4 <= self.current_epoch < 7 else 1.0
-                self.step_in_epoch += 1
-                outputs.append({})
-            self.on_train_epoch_end(outputs)
+            self.on_train_epoch_end([self.train_step({}) for _ in range(self.num_iterations_per_epoch)])
             self.on_epoch_end()
         self.on_train_end()
 
@@ -157,16 +157,6 @@ class FakeStock(FakeTrainer):
         self.clock.now += 1.0
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         return {}
-
-    def run(self) -> None:
-        self.initialize()
-        self.on_train_start()
-        for _ in range(self.num_epochs):
-            self.on_epoch_start()
-            self.on_train_epoch_start()
-            self.on_train_epoch_end([self.train_step({}) for _ in range(self.num_iterations_per_epoch)])
-            self.on_epoch_end()
-        self.on_train_end()
 
 
 def test_stock_schedules_rise_and_fall_within_epochs(monkeypatch):
