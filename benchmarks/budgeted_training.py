@@ -92,8 +92,7 @@ class BudgetMixin:
 
     def _set_learning_rate(self, iteration: int) -> float:
         """UMIT's schedule at the fraction of the training that is done, since the number of iterations is not fixed."""
-        done = (self.current_epoch + (self.step_in_epoch + 0.5) / self.num_iterations_per_epoch) / self.num_epochs
-        factor = self.lr_scheduler.factor(done * self.lr_scheduler.total)
+        factor = self.lr_scheduler.factor(self.epochs_done() / self.num_epochs * self.lr_scheduler.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         return factor
@@ -104,15 +103,17 @@ class BudgetMixin:
         nnU-Net sets it once an epoch. With a thousand epochs that is a smooth curve; with the 4 to 40 that fit here a
         warm-up would be over after the first, and the last one would still run at up to a third of the first rate.
         """
-        if hasattr(self.lr_scheduler, "factor"):
-            return dict(super().train_step(batch))  # type: ignore[misc]
-        from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler
+        if not hasattr(self.lr_scheduler, "factor"):
+            from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler
 
-        done = self.current_epoch + (self.step_in_epoch + 0.5) / self.num_iterations_per_epoch
-        rises = isinstance(self.lr_scheduler, Lin_incr_LRScheduler)  # it adds one epoch to what it is told
-        self.lr_scheduler.step(done - 1 if rises else done)
-        self.step_in_epoch += 1
+            rises = isinstance(self.lr_scheduler, Lin_incr_LRScheduler)  # it adds one epoch to what it is told
+            self.lr_scheduler.step(self.epochs_done() - 1 if rises else self.epochs_done())
+            self.step_in_epoch += 1
         return dict(super().train_step(batch))  # type: ignore[misc]
+
+    def epochs_done(self) -> float:
+        """Epochs behind the middle of the coming step."""
+        return self.current_epoch + (self.step_in_epoch + 0.5) / self.num_iterations_per_epoch
 
     def iteration(self) -> int:
         """UMIT's count of steps over the whole training, where epochs differ in length."""

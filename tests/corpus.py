@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from typer.testing import CliRunner
 
+from nnunet_umit.cli.app import app
 from nnunet_umit.importing.judge import judge
 from nnunet_umit.importing.run import Outcome, Request, import_folder
 from nnunet_umit.importing.verdict import Candidate, Kind, Verdict
@@ -119,6 +121,19 @@ def start(folder: Path, raw: Path, **options: Any) -> Outcome:
     raw.mkdir(exist_ok=True)
     options = {"name": "Dataset901_Scans", "jobs": 0, **options}
     return import_folder(Request(folder=folder, raw=raw, **options), lambda done, total: None)
+
+
+def umit(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["import", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def kinds(outcome: Outcome) -> dict[str, Kind]:
+    return {entry.path: entry.kind for entry in outcome.rejections}
+
+
+def names(outcome: Outcome) -> dict[str, str]:
+    return {case.relative: case.name for case in outcome.cases}
 
 
 def judge_or_die(candidate: Candidate, destination: str, max_voxels: int) -> Verdict:

@@ -187,7 +187,7 @@ def test_killed_workers_are_explained(folder: Path) -> None:
         next(BatchStream(batches, IndexSequence(0, 3), workers=1))
 
 
-def test_a_death_that_torch_tells_at_another_moment_is_one(tmp_path: Path) -> None:
+def test_a_death_that_torch_tells_at_another_moment_is_one() -> None:
     told = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert module.loader_died(told) and not module.loader_died(RuntimeError("CUDA error: killed by signal"))
 

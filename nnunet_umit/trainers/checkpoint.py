@@ -165,12 +165,12 @@ def aside(path: Path, finished: bool) -> Path | None:
         The place, or None where ``path`` is worth nothing: no epoch is done, or one of the same training is further.
     """
     began = None if finished or path.name not in (BEST, LATEST) else _readable(path)
-    if began is not None and began["current_epoch"] == 0:
+    if began and began["current_epoch"] == 0:
         return None
     number, old = 1, path.with_name(f"old_{path.name}")
     while old.exists():
-        former = None if began is None else _readable(old)
-        if began is not None and former is not None and _what_is_trained(began) == _what_is_trained(former):
+        former = _readable(old) if began else None
+        if began and former and _what_is_trained(began) == _what_is_trained(former):
             return None if former["current_epoch"] > began["current_epoch"] else old
         number += 1
         old = path.with_name(f"old_{path.stem}_{number}{path.suffix}")
